@@ -1,0 +1,116 @@
+"""Defaults, unknown keys, types and ranges."""
+
+import importlib.util
+import json
+import pathlib
+
+import ml_collections
+import pytest
+
+from wkd_jax import config as config_lib
+from wkd_jax import main, registry
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*_*.py"))
+
+
+def small(**changes):
+    config = {"data": {"name": "digits"}, "student": {"name": "resnet8"}}
+    config.update(changes)
+    return config
+
+
+def test_everything_has_a_default():
+    config = config_lib.resolve(small())
+    assert list(config) == list(config_lib.DEFAULTS)
+    assert config.optimizer.momentum == 0.9
+    assert config.teacher is None
+
+
+def test_resolving_twice_changes_nothing():
+    once = config_lib.resolve(small(methods={"kd": {"weight": 2}}, teacher={"run": "somewhere"}))
+    assert once.methods.kd.weight == 2.0 and isinstance(once.methods.kd.weight, float)
+    assert config_lib.differences(once, config_lib.resolve(once)) == []
+    assert config_lib.differences(once, json.loads(config_lib.to_json(once))) == []
+    assert config_lib.digest(once) == config_lib.digest(json.loads(config_lib.to_json(once)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epoch": 3}, r"config epoch: unknown key 'epoch': did you mean 'epochs'"),
+        ({"optimizer": {"learning_rte": 0.1}}, r"optimizer.learning_rte.*did you mean 'learning_rate'"),
+        ({"student": {"name": "resnet9"}}, r"unknown models name 'resnet9': did you mean"),
+        ({"student": {"name": "resnet8", "width": 3}}, r"config student.width: unknown key"),
+        ({"student": {}}, r"student.name is not set. Valid: .*resnet20"),
+        ({"data": {"name": "digit"}}, r"unknown data name 'digit': did you mean 'digits'"),
+        ({"data": {"name": "digits", "size": 3}}, r"config data.size"),
+        ({"methods": {"wkd_k": {}}, "teacher": {"run": "x"}}, r"unknown methods name 'wkd_k': did you mean 'wkd_"),
+        ({"methods": {"kd": {"temprature": 1.0}}, "teacher": {"run": "x"}}, r"methods.kd.temprature.*'temperature'"),
+        ({"methods": {"kd": {"schedule": {"begin": 1}}}, "teacher": {"run": "x"}}, r"methods.kd.schedule.begin"),
+        ({"methods": {"kd": {}}}, r"methods: kd needs a teacher, and teacher is None"),
+        ({"teacher": {}}, r"teacher.run='': set exactly one of"),
+        ({"teacher": {"train": {"student": {"name": "resnet8"}}}}, r"teacher.train.data.name is not set"),
+        ({"epochs": 0}, r"epochs=0: must be above 0"),
+        ({"epochs": "3"}, r"epochs='3': needs int, not str"),
+        ({"epochs": True}, r"epochs=True: needs int, not bool"),
+        ({"ema": 1.0}, r"ema=1.0: must be from 0 to below 1"),
+        ({"optimizer": {"learning_rate": -1}}, r"optimizer.learning_rate=-1.0: must be above 0"),
+        ({"optimizer": {"name": "adam"}}, r"optimizer.name='adam': must be sgd or adamw"),
+        ({"optimizer": {"decay_rules": [("(", 0.0)]}}, r"'\(' is not a regular expression"),
+        ({"optimizer": 3}, r"optimizer=3: needs a section"),
+        ({"dtype": "float16"}, r"dtype='float16': must be float32 or bfloat16"),
+    ],
+)
+def test_what_is_wrong_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.resolve(small(**changes))
+
+
+def test_the_resolved_config_is_locked():
+    config = config_lib.resolve(small())
+    with pytest.raises((AttributeError, KeyError)):
+        config.epoch = 3
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_resolves(path):
+    assert main.load_config(str(path)).data.name
+
+
+@pytest.mark.parametrize("method", sorted(registry.entries("methods")))
+def test_digits_offers_every_method(method):
+    config = main.load_config(f"configs/digits_wkd.py:method={method},train_images=300")
+    assert list(config.methods) == [method]
+    assert config.data.train_images == 300
+    assert (config.teacher is None) == (method == "none")
+
+
+def test_overrides_reach_every_depth():
+    config = main.load_config(
+        "configs/digits_wkd.py", ["epochs=3", "optimizer.momentum=0.5", "teacher.train.epochs=2", "name=abc"]
+    )
+    assert (config.epochs, config.optimizer.momentum, config.teacher.train.epochs, config.name) == (3, 0.5, 2, "abc")
+
+
+@pytest.mark.parametrize(
+    ("argument", "overrides", "message"),
+    [
+        ("configs/nowhere.py", [], r"configs/nowhere.py: there is no such file"),
+        ("configs/digits_wkd.py:methd=kd", [], r"'methd': did you mean 'method'"),
+        ("configs/digits_wkd.py:method=dk", [], r"method=dk: did you mean 'kd'"),
+        ("configs/digits_wkd.py:seed=x", [], r"'seed=x': needs seed=<int>"),
+        ("configs/digits_wkd.py", ["epochs"], r"--config.epochs: write --config.epochs=VALUE"),
+        ("configs/digits_wkd.py", ["epochs.x=1"], r"epochs is 40, not a section"),
+        ("configs/digits_wkd.py", ["epoch=1"], r"did you mean 'epochs'"),
+    ],
+)
+def test_bad_command_lines(argument, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        main.load_config(argument, overrides)
+
+
+def test_differences_name_the_keys():
+    left, right = config_lib.resolve(small()), config_lib.resolve(small(epochs=5, task={"pad": 4}))
+    lines = config_lib.differences(left, right)
+    assert lines == ["epochs: 1 -> 5", "task.pad: 0 -> 4"]
+    assert isinstance(left, ml_collections.ConfigDict)

@@ -1,0 +1,265 @@
+"""Every setting of a run with its default, and the rules that turn a config file into a resolved config.
+
+A config file is Python (`configs/`), returns an `ml_collections.ConfigDict`, and names only what it changes. `resolve`
+fills in the rest, refuses what does not exist, and checks types and ranges, before anything is loaded or compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from wkd_jax import registry
+
+DEFAULTS: dict[str, Any] = {
+    "name": "run",  # names the work directory and the report
+    "seed": 0,  # of initialisation, data order and augmentation
+    "epochs": 1,
+    "global_batch_size": 64,  # examples a step, over all devices
+    "dtype": "float32",  # of activations: float32 or bfloat16; parameters and losses are float32
+    "data": {"name": ""},  # a registered data set and its arguments
+    "task": {"name": "classification"},
+    "student": {"name": ""},  # a registered model and its arguments
+    "teacher": None,  # or {"run": directory} or {"train": config of the run that makes it}
+    "methods": {},  # name -> the method's settings; several add up
+    "interrelation": {  # class similarities of the teacher, for the methods that use them
+        "kind": "cka",  # cka of class features, cosine of class means, or classifier: cosine of classifier rows
+        "kernel": "linear",  # of cka: linear, polynomial or rbf
+        "degree": 2,  # of the polynomial kernel
+        "bandwidth": 0.4,  # of the rbf kernel, in units of the median squared distance
+        "features": "logits",  # logits, pooled, or the name of a tap (all its positions)
+        "samples_per_class": 0,  # 0: as many as the smallest class has
+        "file": "",  # an interrelation made elsewhere, instead of computing one
+    },
+    "optimizer": {
+        "name": "sgd",  # sgd or adamw
+        "learning_rate": 0.1,
+        "momentum": 0.9,  # sgd
+        "nesterov": True,  # sgd
+        "b1": 0.9,  # adamw
+        "b2": 0.999,  # adamw
+        "eps": 1e-8,  # adamw
+        "weight_decay": 0.0,
+        "decay_rules": (),  # ((regex of parameter path, factor), ...): the first match scales weight_decay
+        "clip_norm": 0.0,  # global gradient norm; 0: no clipping
+        "schedule": "constant",  # constant, step or cosine
+        "milestones": (),  # step: the rate falls after each of these epochs
+        "factor": 0.1,  # step: by this factor
+        "end_learning_rate": 0.0,  # cosine: the rate it ends with
+        "warmup_epochs": 0,  # linear warm-up, in place of the schedule's first epochs
+        "warmup_learning_rate": 0.0,  # the rate it starts from
+    },
+    "ema": 0.0,  # decay of the student's moving average; 0: off. Evaluation then uses the average.
+    "mesh": {"data": -1, "model": 1},  # devices along each axis; -1: all that are left
+    "sharding": (),  # ((regex of path, partition spec as a tuple), ...); what matches nothing is replicated
+    "log_every": 10,  # steps between logged training metrics
+    "eval_every": 1,  # epochs between evaluations
+    "checkpoint_every": 100,  # steps between checkpoints
+    "keep": 2,  # recent checkpoints kept, besides the best
+}
+
+_TEACHER = {"run": "", "train": None, "which": "latest"}  # which: latest or best checkpoint of the teacher's run
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epochs": (lambda x: x > 0, "above 0"),
+    "global_batch_size": (lambda x: x > 0, "above 0"),
+    "seed": (lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
+    "dtype": (lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
+    "ema": (lambda x: 0 <= x < 1, "from 0 to below 1"),
+    "log_every": (lambda x: x > 0, "above 0"),
+    "eval_every": (lambda x: x > 0, "above 0"),
+    "checkpoint_every": (lambda x: x > 0, "above 0"),
+    "keep": (lambda x: x > 0, "above 0"),
+    "optimizer.name": (lambda x: x in ("sgd", "adamw"), "sgd or adamw"),
+    "optimizer.learning_rate": (lambda x: x > 0, "above 0"),
+    "optimizer.momentum": (lambda x: 0 <= x < 1, "from 0 to below 1"),
+    "optimizer.b1": (lambda x: 0 <= x < 1, "from 0 to below 1"),
+    "optimizer.b2": (lambda x: 0 <= x < 1, "from 0 to below 1"),
+    "optimizer.eps": (lambda x: x > 0, "above 0"),
+    "optimizer.weight_decay": (lambda x: x >= 0, "0 or more"),
+    "optimizer.clip_norm": (lambda x: x >= 0, "0 or more"),
+    "optimizer.schedule": (lambda x: x in ("constant", "step", "cosine"), "constant, step or cosine"),
+    "optimizer.factor": (lambda x: 0 < x <= 1, "above 0, at most 1"),
+    "optimizer.end_learning_rate": (lambda x: x >= 0, "0 or more"),
+    "optimizer.warmup_epochs": (lambda x: x >= 0, "0 or more"),
+    "optimizer.warmup_learning_rate": (lambda x: x >= 0, "0 or more"),
+    "interrelation.kind": (lambda x: x in ("cka", "cosine", "classifier"), "cka, cosine or classifier"),
+    "interrelation.kernel": (lambda x: x in ("linear", "polynomial", "rbf"), "linear, polynomial or rbf"),
+    "interrelation.degree": (lambda x: x > 0, "above 0"),
+    "interrelation.bandwidth": (lambda x: x > 0, "above 0"),
+    "interrelation.samples_per_class": (lambda x: x == 0 or x > 1, "0 or at least 2"),
+    "mesh.data": (lambda x: x == -1 or x > 0, "-1 or above 0"),
+    "mesh.model": (lambda x: x == -1 or x > 0, "-1 or above 0"),
+    "teacher.which": (lambda x: x in ("latest", "best"), "latest or best"),
+}
+
+# Arguments that the run itself hands to a model's factory.
+_MODEL_ARGUMENTS = ("num_classes", "dtype", "rngs")
+
+
+def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """Fills in every default, refuses unknown keys, checks types and ranges.
+
+    Args:
+      config: What a config file returned: any subset of `DEFAULTS`, of the arguments of the chosen data set and
+        models, and of the chosen methods' and task's `DEFAULTS`.
+
+    Returns:
+      The complete config, locked.
+
+    Raises:
+      ValueError: Names the key and its value, and the nearest valid key or the valid range.
+
+    Example:
+      >>> config = {"data": {"name": "digits"}, "student": {"name": "resnet8"}, "methods": {"kd": {"temperature": 2.0}}}
+      >>> resolve(config).methods.kd.weight
+      1.0
+    """
+    return ml_collections.ConfigDict(_resolve(_plain(config), ""), type_safe=False).lock()
+
+
+def _resolve(given: dict[str, Any], path: str) -> dict[str, Any]:
+    sections = {"data", "task", "student", "teacher", "methods"}
+    merged = _merge({k: v for k, v in DEFAULTS.items() if k not in sections}, given, path, allow=sections)
+    merged["data"] = _plugin("data", given.get("data"), f"{path}data")
+    merged["student"] = _plugin("models", given.get("student"), f"{path}student", reserved=_MODEL_ARGUMENTS)
+    merged["task"] = _plugin("tasks", given.get("task") or DEFAULTS["task"], f"{path}task")
+    methods = given.get("methods") or {}
+    merged["methods"] = {
+        name: _merge(registry.get("methods", name).DEFAULTS, settings or {}, f"{path}methods.{name}.")
+        for name, settings in sorted(methods.items())
+    }
+    merged["teacher"] = _teacher(given.get("teacher"), f"{path}teacher.")
+    needing = [name for name in methods if registry.get("methods", name).NEEDS_TEACHER]
+    if needing and merged["teacher"] is None:
+        raise ValueError(
+            f"{path}methods: {', '.join(needing)} need{'s' * (len(needing) == 1)} a teacher, and {path}teacher is None: "
+            "set teacher.run to a run directory, or teacher.train to the config of a run that makes one"
+        )
+    _check_ranges(merged, path)
+    return {key: merged[key] for key in DEFAULTS}
+
+
+def _teacher(given: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
+    if given is None:
+        return None
+    merged = _merge(_TEACHER, given, path, allow={"train"})
+    if bool(merged["run"]) == bool(given.get("train")):
+        raise ValueError(f"{path}run={merged['run']!r}: set exactly one of {path}run and {path}train")
+    merged["train"] = _resolve(given["train"], f"{path}train.") if given.get("train") else None
+    return merged
+
+
+def _plugin(kind: str, given: dict[str, Any] | None, path: str, reserved: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Defaults of a registered factory: its `DEFAULTS`, or the keyword arguments of its signature."""
+    given = given or {}
+    name = given.get("name")
+    if not name:
+        raise ValueError(f"{path}.name is not set. Valid: {', '.join(registry.entries(kind))}")
+    factory = registry.get(kind, name)
+    defaults = getattr(factory, "DEFAULTS", None)
+    if defaults is None:
+        parameters = inspect.signature(factory).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.name not in reserved}
+        missing = [key for key, value in defaults.items() if value is inspect.Parameter.empty and key not in given]
+        if missing:
+            raise ValueError(f"{path}.{missing[0]} is not set, and {name} needs it")
+        defaults = {key: given[key] if value is inspect.Parameter.empty else value for key, value in defaults.items()}
+    return {"name": name, **_merge(defaults, {k: v for k, v in given.items() if k != "name"}, f"{path}.")}
+
+
+def _merge(defaults: Mapping[str, Any], given: Mapping[str, Any], path: str, allow: set[str] = frozenset()) -> dict:  # type: ignore[assignment]
+    """`defaults` with `given` on top. Keys in `allow` are left for the caller."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{path.rstrip('.')}={given!r}: needs a section with keys {', '.join(defaults)}")
+    for key in given:
+        if key not in defaults and key not in allow:
+            raise ValueError(f"config {path}{key}: {registry.unknown('key', key, [*defaults, *sorted(allow)])}")
+    merged = {}
+    for key, default in defaults.items():
+        if key not in given:
+            merged[key] = _plain(default)
+        elif isinstance(default, Mapping) and default:
+            merged[key] = _merge(default, given[key], f"{path}{key}.")
+        else:
+            merged[key] = _typed(given[key], default, f"{path}{key}")
+    return merged
+
+
+def _typed(value: Any, default: Any, path: str) -> Any:
+    """`value` in the type of `default`. An int serves as a float; nothing else is converted."""
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if default is None or isinstance(default, Mapping):
+        return value
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    if type(value) is not type(default):
+        raise ValueError(f"{path}={value!r}: needs {type(default).__name__}, not {type(value).__name__}")
+    return value
+
+
+def _check_ranges(config: Mapping[str, Any], path: str) -> None:
+    for key, (valid, text) in _RANGES.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value[part] if value is not None else None
+        if value is not None and not valid(value):
+            raise ValueError(f"{path}{key}={value!r}: must be {text}")
+    for key in ("optimizer.decay_rules", "sharding"):
+        section, _, leaf = key.rpartition(".")
+        for pattern, _value in (config[section] if section else config)[leaf]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{path}{key}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Nested plain dicts and tuples out of ConfigDicts, lists and mappings."""
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """The config as JSON, keys in their own order: what is written next to every run."""
+    return json.dumps(_plain(config), indent=2) + "\n"
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """Eight hex digits that name a resolved config."""
+    return hashlib.sha256(json.dumps(_plain(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def default_workdir(config: Mapping[str, Any], root: str = "runs") -> pathlib.Path:
+    """Where a run lives when no directory is given: the same config finds its own earlier work."""
+    return pathlib.Path(root) / f"{config['name']}-{digest(config)}"
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[str]:
+    """The keys on which two resolved configs differ, as "key: left -> right".
+
+    Example:
+      >>> differences({"seed": 0, "mesh": {"data": 1}}, {"seed": 1, "mesh": {"data": 1}})
+      ['seed: 0 -> 1']
+    """
+    left, right = _plain(left), _plain(right)
+    if isinstance(left, dict) and isinstance(right, dict):
+        return [
+            line
+            for key in [*left, *(k for k in right if k not in left)]
+            for line in differences(left.get(key), right.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if left == right else [f"{path}: {left!r} -> {right!r}"]

@@ -1,0 +1,231 @@
+"""The one training loop, read from top to bottom: build, resume, step, watch, evaluate, save, finish."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import math
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from wkd_jax.data.base import DataSet
+from wkd_jax.data.memory import MemoryInput, evaluation_batches
+from wkd_jax.training import build, sharding, workdir
+from wkd_jax.training import teacher as teacher_lib
+from wkd_jax.training.checkpoint import Checkpoints
+from wkd_jax.training.metrics import MetricWriter
+from wkd_jax.training.progress import Progress
+from wkd_jax.types import TrainState
+
+PACKAGES = ("wkd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ott-jax", "numpy")
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on. The message says what happened, at which step, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How training ended.
+
+    Attributes:
+      evaluation: The last evaluation, as the task summarised it.
+      best: The task's metric and the step of the best evaluation.
+      seconds: Wall time over all sessions of the run.
+    """
+
+    evaluation: dict[str, Any]
+    best: dict[str, float]
+    seconds: float
+
+
+def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: pathlib.Path | None) -> dict[str, Any]:
+    """Trains the student of a resolved config, or goes on where an earlier call was stopped.
+
+    Args:
+      config: Resolved.
+      directory: The work directory; made, or recognised as this run's own.
+      teacher_directory: The finished run whose student is the teacher; None for a run without one.
+
+    Returns:
+      What `result.json` holds.
+
+    Raises:
+      ValueError: For anything in the config that cannot work, before compilation.
+      OSError: If the work directory cannot be written.
+      TrainingError: If a loss term or the gradient is no longer finite.
+    """
+    workdir.claim(directory, config)
+    if workdir.finished(directory):
+        return workdir.read_json(directory / workdir.RESULT)
+    data = build.data_set(config["data"])
+    teacher = None
+    if teacher_directory:
+        teacher = teacher_lib.load(config, teacher_directory, len(data.class_names))
+    built = build.run(
+        config, data, teacher.network if teacher else None, lambda: teacher.similarity(config, data, directory)
+    )
+    with jax.transfer_guard("disallow"):
+        outcome = _train(config, directory, data, built)
+    result = _result(config, built, teacher, outcome)
+    arrays = {name: value.tolist() for name, value in outcome.evaluation.items() if np.ndim(value)}
+    workdir.write_json(directory / workdir.EVALUATION, {"class_names": list(data.class_names), **arrays})
+    workdir.write_json(directory / workdir.RESULT, result)
+    return result
+
+
+def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, built: build.Run) -> Outcome:
+    program, clock = built.program, built.program.clock
+    replicated = NamedSharding(built.mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
+    train_step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
+    eval_step = jax.jit(program.eval_step, out_shardings=replicated)
+    inputs = MemoryInput(
+        data.train,
+        global_batch_size=config["global_batch_size"],
+        seed=config["seed"],
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    eval_steps = {clock.steps(epoch) for epoch in range(config["eval_every"], config["epochs"], config["eval_every"])}
+    eval_steps.add(clock.total_steps)
+    metric = program.task.METRIC
+    record: dict[str, Any] = {"step": 0, "best": {}, "seconds": 0.0}
+    state, evaluation, started = built.state, None, time.monotonic()
+
+    with contextlib.ExitStack() as stack:
+        notes: list[str] = []
+        checkpoints = stack.enter_context(
+            Checkpoints(directory / workdir.CHECKPOINTS, keep=config["keep"], report=notes.append)
+        )
+        if restored := checkpoints.restore_latest(built.abstract_state):
+            state, record = restored
+            inputs.set_state(record["input"])
+            notes.append(f"continuing from step {record['step']}")
+        earlier = record["seconds"]
+        writer = stack.enter_context(MetricWriter(directory, resume_step=record["step"]))
+        progress = stack.enter_context(
+            Progress(clock.total_steps, description=config["name"], start_step=record["step"])
+        )
+        for note in notes:
+            progress.note(note)
+        watch = Watch(clock, writer, progress, log_every=config["log_every"], last_good=record["step"])
+
+        for step in range(record["step"] + 1, clock.total_steps + 1):
+            batch = sharding.global_batch(next(inputs), built.mesh)
+            state, metrics = train_step(state, built.frozen, batch)
+            watch.add(step, metrics)
+            evaluate = step in eval_steps
+            save = evaluate or step % config["checkpoint_every"] == 0
+            if save or step % config["log_every"] == 0:
+                watch.check()
+            if evaluate:
+                evaluation = _evaluate(eval_step, state, config, data, built)
+                scalars = _scalars(evaluation)
+                writer.write(step, "eval", {"epoch": clock.epochs_done(step), **scalars})
+                progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
+                if not record["best"] or evaluation[metric] > record["best"][metric]:
+                    record["best"] = {metric: evaluation[metric], "step": step}
+            if save:
+                writer.flush()
+                record |= {"step": step, "input": inputs.get_state(), "seconds": earlier + time.monotonic() - started}
+                checkpoints.save(step, state, record, metric=evaluation[metric] if evaluate else None)
+                watch.last_good = step
+        if evaluation is None:  # Stopped after the last checkpoint and before the result: only this is left.
+            evaluation = _evaluate(eval_step, state, config, data, built)
+    return Outcome(evaluation, record["best"], earlier + time.monotonic() - started)
+
+
+class Watch:
+    """Keeps the steps' metrics on the device until they are wanted, so that the host does not wait for every step.
+
+    Attributes:
+      last_good: The last step that was saved, for the message of a run that has to stop.
+    """
+
+    def __init__(
+        self, clock: Any, writer: MetricWriter, progress: Progress, *, log_every: int, last_good: int
+    ) -> None:
+        self.clock, self.writer, self.progress, self.log_every = clock, writer, progress, log_every
+        self.last_good = last_good
+        self.pending: list[tuple[int, Any]] = []
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of one step."""
+        self.pending.append((step, metrics))
+
+    def check(self) -> None:
+        """Fetches what is pending, logs every `log_every`-th step, shows the last one.
+
+        Raises:
+          TrainingError: If any value of any step is not finite; names the first such step and its terms.
+        """
+        pending, self.pending = jax.device_get(self.pending), []
+        for step, values in pending:
+            values = {name: float(value) for name, value in values.items()}
+            if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+                kept = f"the checkpoint of step {self.last_good} is kept" if self.last_good else "none was saved yet"
+                raise TrainingError(
+                    f"step {step}: {bad[0]} is {values[bad[0]]} (not finite: {', '.join(bad)}); {kept}. Lower "
+                    "optimizer.learning_rate or the term's weight, or set optimizer.clip_norm"
+                )
+            if step % self.log_every == 0:
+                self.writer.write(step, "train", {"epoch": self.clock.epochs_done(step), **values})
+        self.progress.update(step, {name: value for name, value in values.items() if not name.endswith("/weight")})
+
+
+def _evaluate(
+    eval_step: Callable[..., Any], state: TrainState, config: Mapping[str, Any], data: DataSet, built: build.Run
+) -> dict[str, Any]:
+    """Metrics over the test split, each example once."""
+    batches = evaluation_batches(
+        data.test,
+        global_batch_size=config["global_batch_size"],
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    sums = [eval_step(state, built.frozen, sharding.global_batch(batch, built.mesh)) for batch in batches]
+    total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *jax.device_get(sums))
+    return built.program.task.summarise(total)
+
+
+def _scalars(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in evaluation.items() if np.ndim(value) == 0}
+
+
+def _result(
+    config: Mapping[str, Any], built: build.Run, teacher: teacher_lib.Teacher | None, outcome: Outcome
+) -> dict[str, Any]:
+    return {
+        "name": config["name"],
+        "methods": list(config["methods"]),
+        "student": config["student"]["name"],
+        "teacher": teacher.network.info.name if teacher else None,
+        "teacher_top1": None,  # of a run without a teacher; the evaluation of one with a teacher has it
+        **_scalars(outcome.evaluation),
+        "best": outcome.best,
+        "steps": built.program.clock.total_steps,
+        "seconds": round(outcome.seconds, 1),
+        "student_parameters": built.parameters["student"],
+        "method_parameters": built.parameters["methods"],
+        "teacher_parameters": built.parameters["teacher"],
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "config": config.to_dict(),
+    }
+
+
+def _version(package: str) -> str:
+    if package == "wkd_jax":
+        from wkd_jax import __version__
+
+        return __version__
+    return importlib.metadata.version(package)

@@ -1,0 +1,86 @@
+"""Where arrays live: the mesh, the rules that place parameters on it, and host batches made global."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from wkd_jax.types import Batch
+
+AXES = ("data", "model")
+
+
+def make_mesh(config: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The device mesh ("data", "model") of the config's `mesh` section.
+
+    Args:
+      config: Devices along each axis; one of them may be -1, "all that are left".
+      devices: Defaults to all devices of all processes.
+
+    Raises:
+      ValueError: If the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [config[axis] for axis in AXES]
+    fixed = math.prod(size for size in shape if size > 0)
+    if shape.count(-1) == 1 and len(devices) % fixed == 0:
+        shape = [len(devices) // fixed if size == -1 else size for size in shape]
+    if -1 in shape or math.prod(shape) != len(devices):
+        raise ValueError(f"mesh.data={config['data']}, mesh.model={config['model']}: do not fit {len(devices)} devices")
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batch(global_batch_size: int, mesh: Mesh) -> None:
+    """Raises ValueError if the global batch cannot be cut evenly over the data axis."""
+    if global_batch_size % mesh.shape["data"]:
+        raise ValueError(
+            f"global_batch_size={global_batch_size}: must be a multiple of the {mesh.shape['data']} devices along "
+            "mesh.data"
+        )
+
+
+def place(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]] = ()) -> Any:
+    """Shardings for a state: what a rule matches is placed by it, everything else is replicated.
+
+    Args:
+      tree: Arrays or shape structs, in which named arrays sit in flat dicts ("student/fc/kernel" -> array); an
+        optimizer's moments carry the name of their parameter and are placed alike.
+      mesh: The mesh.
+      rules: ((regex, partition spec), ...), the first match of a name decides. Scalars are always replicated.
+
+    Raises:
+      ValueError: If a rule matches no array, or its spec does not fit the array it matches.
+    """
+    compiled = [(re.compile(pattern), PartitionSpec(*spec)) for pattern, spec in rules]
+    used: set[str] = set()
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
+        for pattern, spec in compiled:
+            if leaf.ndim and pattern.search(str(name)):
+                used.add(pattern.pattern)
+                if len(spec) > leaf.ndim:
+                    raise ValueError(f"sharding: {pattern.pattern!r} places {name} by {spec}, but its shape is {leaf.shape}")
+                try:
+                    NamedSharding(mesh, spec).shard_shape(leaf.shape)
+                except ValueError as error:
+                    raise ValueError(f"sharding: {pattern.pattern!r} places {name} by {spec}: {error}") from error
+                return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, PartitionSpec())
+
+    shardings = jax.tree_util.tree_map_with_path(one, tree)
+    if unused := [pattern for pattern, _ in rules if pattern not in used]:
+        raise ValueError(f"sharding: {unused[0]!r} matches no array of the run")
+    return shardings
+
+
+def global_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Makes a global batch, cut over the data axis, from each process's own part (NumPy arrays)."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,149 @@
+"""The one train step and the one evaluation step. No method and no task has a branch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from wkd_jax.models import functional
+from wkd_jax.models.functional import Structure
+from wkd_jax.training.clock import Clock
+from wkd_jax.types import Array, Batch, Context, Outputs, Params, Progress, Task, Terms, TrainState
+
+Metrics = dict[str, Array]
+
+
+class Learner(nnx.Module):
+    """All that is trained together: the student and what the methods bring. Paths: student/..., methods/<name>/..."""
+
+    def __init__(self, student: nnx.Module, methods: dict[str, Any]) -> None:
+        self.student = student
+        self.methods = nnx.Dict(methods)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Arrays that a run never changes. Passed to the steps, neither donated nor checkpointed.
+
+    Attributes:
+      constants: The methods' constants.
+      teacher: The teacher's parameters and statistics; empty in a run without a teacher.
+    """
+
+    constants: Params
+    teacher: Params
+
+
+jax.tree_util.register_dataclass(Frozen, ["constants", "teacher"], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The static half of a run: structures and rules, no arrays."""
+
+    learner: Structure
+    teacher: Structure | None
+    task: Task
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[Array], Array]
+    clock: Clock
+    seed: int
+    ema: float
+
+    def loss(
+        self, params: Params, variables: Params, frozen: Frozen, batch: Batch, progress: Progress, key: Array
+    ) -> tuple[Array, tuple[Metrics, Params]]:
+        """Total loss of one prepared batch.
+
+        Returns:
+          (total, (metrics, variables)): a float32 scalar; every term and weight by name; the carried state after the
+          student's forward pass and the methods.
+        """
+        learner = self.learner.merge(params, variables, frozen.constants)
+        names = ["student", *learner.methods]
+        keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+        student = learner.student(
+            batch.image, train=True, rngs=nnx.Rngs(keys["student"]), **self.task.student_inputs(batch)
+        )
+        teacher = self.run_teacher(frozen, batch, student)
+        context = Context(
+            batch=batch,
+            labels=self.task.labels(batch, student),
+            student=student,
+            teacher=teacher,
+            student_model=lambda: self.learner.merge(params, variables, frozen.constants).student,
+            teacher_model=self.teacher and (lambda: self.teacher.merge(jax.lax.stop_gradient(frozen.teacher))),
+            progress=progress,
+            key=key,
+        )
+        terms = {"label": self.task.terms(context)}
+        for name, method in learner.methods.items():
+            terms[name] = method.terms(dataclasses.replace(context, key=keys[name]))
+        total, metrics = weigh(terms, batch.valid)
+        return total, (metrics, functional.variables(learner))
+
+    def run_teacher(self, frozen: Frozen, batch: Batch, student: Outputs) -> Outputs | None:
+        """The teacher's outputs: evaluation mode, gradients stopped."""
+        if self.teacher is None:
+            return None
+        teacher = self.teacher.merge(frozen.teacher)
+        inputs = self.task.teacher_inputs(batch, jax.lax.stop_gradient(student))
+        return jax.lax.stop_gradient(teacher(batch.image, train=False, **inputs))
+
+    def train_step(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update. Randomness is a function of (seed, step), so a resumed run repeats it."""
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        augment_key, loss_key = jax.random.split(key)
+        progress = self.clock.progress(state.step)
+        (total, (metrics, variables)), gradients = jax.value_and_grad(self.loss, has_aux=True)(
+            state.params, state.variables, frozen, self.task.prepare(batch, augment_key), progress, loss_key
+        )
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = {
+            name: self.ema * old + (1 - self.ema) * {**params, **variables}[name] for name, old in state.ema.items()
+        }
+        metrics |= {
+            "total": total,
+            "learning_rate": self.learning_rate(state.step),
+            "grad_norm": optax.global_norm(gradients),
+        }
+        return TrainState(state.step + 1, params, variables, opt_state, ema), metrics
+
+    def eval_step(self, state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
+        """Sums over one padded batch. Uses the moving average of the student where there is one."""
+        learner = self.learner.merge({**state.params, **state.variables, **state.ema}, frozen.constants)
+        batch = self.task.prepare(batch, None)
+        student = learner.student(batch.image, train=False)
+        return self.task.evaluate(batch, student, self.run_teacher(frozen, batch, student))
+
+
+def weigh(terms: dict[str, Terms], valid: Array) -> tuple[Array, Metrics]:
+    """Reduces and adds up all terms. The only place in the package where a loss is averaged.
+
+    Args:
+      terms: By source ("label" or a method's name), then by term.
+      valid: [B] bool, the examples that count where a term has no mask of its own.
+
+    Returns:
+      (total, metrics): the weighted sum; "source/term" and, for what is trained on, "source/term/weight". float32.
+    """
+    total, metrics = jnp.zeros((), jnp.float32), {}
+    for source, named in terms.items():
+        for name, term in named.items():
+            value = term.value.astype(jnp.float32)
+            if value.ndim:
+                where = valid.reshape(valid.shape + (1,) * (value.ndim - 1)) if term.where is None else term.where
+                where = jnp.broadcast_to(where, value.shape)
+                value = jnp.sum(jnp.where(where, value, 0)) / jnp.maximum(jnp.sum(where), 1)
+            metrics[f"{source}/{name}"] = value
+            if term.weight is not None:
+                metrics[f"{source}/{name}/weight"] = jnp.asarray(term.weight, jnp.float32)
+                total += term.weight * value
+    return total, metrics
