@@ -1,0 +1,1 @@
+"""One file a setting; arguments choose the row."""

@@ -1,6 +1,5 @@
 """Defaults, unknown keys, types and ranges."""
 
-import importlib.util
 import json
 import pathlib
 
@@ -47,7 +46,7 @@ def test_resolving_twice_changes_nothing():
         ({"methods": {"wkd_k": {}}, "teacher": {"run": "x"}}, r"unknown methods name 'wkd_k': did you mean 'wkd_"),
         ({"methods": {"kd": {"temprature": 1.0}}, "teacher": {"run": "x"}}, r"methods.kd.temprature.*'temperature'"),
         ({"methods": {"kd": {"schedule": {"begin": 1}}}, "teacher": {"run": "x"}}, r"methods.kd.schedule.begin"),
-        ({"methods": {"kd": {}}}, r"methods: kd needs a teacher, and teacher is None"),
+        ({"methods": {"kd": {}}}, r"methods: kd cannot do without a teacher, and teacher is None"),
         ({"teacher": {}}, r"teacher.run='': set exactly one of"),
         ({"teacher": {"train": {"student": {"name": "resnet8"}}}}, r"teacher.train.data.name is not set"),
         ({"epochs": 0}, r"epochs=0: must be above 0"),

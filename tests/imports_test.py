@@ -29,7 +29,9 @@ def wrong_edges(source: str, owner: str) -> list[str]:
     wrong = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "wkd_jax":
-            modules = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "wkd_jax" else [node.module]
+            modules = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "wkd_jax" else [node.module]
+            )
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names if alias.name.split(".")[0] == "wkd_jax"]
         else:

@@ -130,7 +130,7 @@ def _resolve(given: dict[str, Any], path: str) -> dict[str, Any]:
     merged = _merge({k: v for k, v in DEFAULTS.items() if k not in sections}, given, path, allow=sections)
     merged["data"] = _plugin("data", given.get("data"), f"{path}data")
     merged["student"] = _plugin("models", given.get("student"), f"{path}student", reserved=_MODEL_ARGUMENTS)
-    merged["task"] = _plugin("tasks", given.get("task") or DEFAULTS["task"], f"{path}task")
+    merged["task"] = _plugin("tasks", {**DEFAULTS["task"], **(given.get("task") or {})}, f"{path}task")
     methods = given.get("methods") or {}
     merged["methods"] = {
         name: _merge(registry.get("methods", name).DEFAULTS, settings or {}, f"{path}methods.{name}.")
@@ -140,7 +140,7 @@ def _resolve(given: dict[str, Any], path: str) -> dict[str, Any]:
     needing = [name for name in methods if registry.get("methods", name).NEEDS_TEACHER]
     if needing and merged["teacher"] is None:
         raise ValueError(
-            f"{path}methods: {', '.join(needing)} need{'s' * (len(needing) == 1)} a teacher, and {path}teacher is None: "
+            f"{path}methods: {', '.join(needing)} cannot do without a teacher, and {path}teacher is None: "
             "set teacher.run to a run directory, or teacher.train to the config of a run that makes one"
         )
     _check_ranges(merged, path)

@@ -1,7 +1,8 @@
 """Finds models, methods, tasks and data sets by name. There is no central list to edit.
 
 A plug-in is a module inside `wkd_jax/models`, `methods`, `tasks` or `data` that has `REGISTER`, a dict from public
-name to factory (a class or a function). Dropping a file in is all it takes.
+name to factory. Methods and tasks are classes with `DEFAULTS`; models and data sets are functions, whose keyword
+arguments are their settings. Dropping a file in is all it takes.
 """
 
 from __future__ import annotations

@@ -45,7 +45,12 @@ def test_metrics_equal_numpy_whatever_the_padding(scores, batch):
     assert got["teacher_top1"] == pytest.approx(100 * np.mean(t == labels))
     assert got["agreement"] == pytest.approx(100 * np.mean(s == t))
     assert got["loss"] == pytest.approx(nll.mean(), rel=1e-5)
-    for name, flags in {"count": labels >= 0, "student_correct": s == labels, "teacher_correct": t == labels, "agree": s == t}.items():
+    for name, flags in {
+        "count": labels >= 0,
+        "student_correct": s == labels,
+        "teacher_correct": t == labels,
+        "agree": s == t,
+    }.items():
         np.testing.assert_array_equal(got[name], np.bincount(labels[flags], minlength=7))
 
 

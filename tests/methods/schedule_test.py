@@ -29,7 +29,10 @@ def test_constant():
     np.testing.assert_array_equal(weights({"name": "constant", "start": 0}, 5), 30.0)
 
 
-@pytest.mark.parametrize(("config", "message"), [({"name": "cosin", "start": 0}, "did you mean 'cosine'"), ({"name": "cosine", "start": -1}, "start=-1")])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"name": "cosin", "start": 0}, "did you mean 'cosine'"), ({"name": "cosine", "start": -1}, "start=-1")],
+)
 def test_bad_schedules(config, message):
     with pytest.raises(ValueError, match=message):
         schedule.check(config)

@@ -8,7 +8,9 @@ import pytest
 from wkd_jax.training.clock import Clock
 
 
-@pytest.mark.parametrize(("examples", "batch", "epochs"), [(100, 64, 3), (1297, 64, 40), (20, 64, 5), (64, 64, 2), (7, 3, 4)])
+@pytest.mark.parametrize(
+    ("examples", "batch", "epochs"), [(100, 64, 3), (1297, 64, 40), (20, 64, 5), (64, 64, 2), (7, 3, 4)]
+)
 def test_epoch_of_every_step(examples, batch, epochs):
     clock = Clock(examples, batch, epochs)
     steps = np.arange(clock.total_steps)

@@ -11,7 +11,9 @@ from wkd_jax.training import sharding
 from wkd_jax.types import Batch
 
 
-@pytest.mark.parametrize(("data", "model", "shape"), [(-1, 1, (8, 1)), (-1, 2, (4, 2)), (2, 4, (2, 4)), (8, -1, (8, 1))])
+@pytest.mark.parametrize(
+    ("data", "model", "shape"), [(-1, 1, (8, 1)), (-1, 2, (4, 2)), (2, 4, (2, 4)), (8, -1, (8, 1))]
+)
 def test_mesh(data, model, shape):
     mesh = sharding.make_mesh({"data": data, "model": model})
     assert tuple(mesh.shape.values()) == shape

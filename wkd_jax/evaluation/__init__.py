@@ -1,0 +1,1 @@
+"""Metrics over whole data sets, as sums that add up over batches and hosts."""

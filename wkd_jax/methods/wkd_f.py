@@ -36,19 +36,25 @@ class WKDFeature(nnx.Module):
     def __init__(self, config: Any, setup: Setup, *, rngs: nnx.Rngs) -> None:
         schedule.check(config["schedule"])
         if config["eps"] <= 0:
-            raise ValueError(f"methods.wkd_f.eps={config['eps']}: must be above 0")
+            raise ValueError(f"methods.wkd_f.eps={config['eps']}: must be above 0, or a dead channel has no gradient")
         self.config = config
         self.student_tap, student = find_tap(setup.student, config["student_tap"], "methods.wkd_f.student_tap")
         self.teacher_tap, teacher = find_tap(setup.teacher, config["teacher_tap"], "methods.wkd_f.teacher_tap")
         self.prefix = student.prefix_tokens, teacher.prefix_tokens
-        self.projector = connectors.build(
-            config["projector"],
-            student,
-            teacher,
-            student_size=connectors.spatial_size(student, setup.image_size),
-            teacher_size=connectors.spatial_size(teacher, setup.image_size),
-            rngs=rngs,
-        )
+        self.gaussian = {key: config[key] for key in ("grid", "ddof", "eps")}
+        sizes = [connectors.spatial_size(tap, setup.image_size) for tap in (student, teacher)]
+        try:
+            self.projector = connectors.build(
+                config["projector"], student, teacher, student_size=sizes[0], teacher_size=sizes[1], rngs=rngs
+            )
+        except ValueError as error:
+            raise ValueError(f"methods.wkd_f.projector: {error}") from error
+        smallest = min(min(size) for size in sizes)
+        if not 1 <= config["grid"] <= smallest:
+            raise ValueError(
+                f"methods.wkd_f.grid={config['grid']}: must be from 1 to {smallest}, the positions along a side of "
+                f"{self.student_tap} ({sizes[0]}) and {self.teacher_tap} ({sizes[1]}) at images of {setup.image_size}"
+            )
 
     def terms(self, context: Context) -> Terms:
         """Terms `mean` and `covariance`."""
@@ -58,13 +64,7 @@ class WKDFeature(nnx.Module):
             student = student[:, self.prefix[0] :]
         if teacher.ndim == 3:
             teacher = teacher[:, self.prefix[1] :]
-        mean, covariance = losses.wkd_feature(
-            self.projector(student, train=True),
-            teacher,
-            grid=config["grid"],
-            ddof=config["ddof"],
-            eps=config["eps"],
-        )
+        mean, covariance = losses.wkd_feature(self.projector(student, train=True), teacher, **self.gaussian)
         weight = schedule.weight(config["weight"], config["schedule"], context.progress)
         return {"mean": Term(mean, weight * config["mean_cov_ratio"]), "covariance": Term(covariance, weight)}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -35,14 +37,12 @@ class WKDLogit(nnx.Module):
 
     def __init__(self, config: Any, setup: Setup, *, rngs: nnx.Rngs) -> None:
         del rngs
-        for key in ("temperature", "epsilon", "num_iters"):
-            if config[key] <= 0:
-                raise ValueError(f"methods.wkd_l.{key}={config[key]}: must be above 0")
-        for key in ("sharpness", "stabilizer"):
-            if config[key] < 0:
-                raise ValueError(f"methods.wkd_l.{key}={config[key]}: must be 0 or more")
-        losses.check_gradient(config["gradient"])
+        if config["sharpness"] < 0:
+            raise ValueError(f"methods.wkd_l.sharpness={config['sharpness']}: must be 0 or more")
+        if config["temperature"] <= 0:
+            raise ValueError(f"methods.wkd_l.temperature={config['temperature']}: must be above 0")
         schedule.check(config["schedule"])
+        self.solver = {key: config[key] for key in ("temperature", "epsilon", "num_iters", "gradient", "stabilizer")}
         self.config = config
         similarity, classes = setup.similarity(), setup.student.num_classes
         if similarity.shape != (classes, classes):
@@ -51,6 +51,16 @@ class WKDLogit(nnx.Module):
                 "remove interrelation.file, or point it at one made for this data set"
             )
         self.ground_cost = Constant(losses.ground_cost(jnp.asarray(similarity), sharpness=config["sharpness"]))
+        self._check_solver(classes)
+
+    def _check_solver(self, classes: int) -> None:
+        """Lets the loss itself refuse settings, now rather than in the first step."""
+        logits, labels = jax.ShapeDtypeStruct((1, classes), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        cost = jax.ShapeDtypeStruct((classes, classes), jnp.float32)
+        try:
+            jax.eval_shape(functools.partial(losses.wkd_logit, **self.solver), logits, logits, labels, cost)
+        except ValueError as error:
+            raise ValueError(f"methods.wkd_l: {error}") from error
 
     def terms(self, context: Context) -> Terms:
         """Terms `target` and `wasserstein`, and the solver's `marginal_error`, which is only logged."""
@@ -60,12 +70,8 @@ class WKDLogit(nnx.Module):
             context.teacher.logits,
             context.labels,
             self.ground_cost.get_value(),
-            temperature=config["temperature"],
-            epsilon=config["epsilon"],
-            num_iters=config["num_iters"],
-            gradient=config["gradient"],
-            stabilizer=config["stabilizer"],
             return_error=True,
+            **self.solver,
         )
         weight, where = schedule.weight(config["weight"], config["schedule"], context.progress), context.student.valid
         return {

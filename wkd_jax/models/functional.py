@@ -31,9 +31,16 @@ class Structure:
     paths: dict[str, tuple[Any, ...]]
 
     def merge(self, *trees: Params) -> Any:
-        """Rebuilds the module from flat dicts that together hold exactly its arrays."""
-        flat = {self.paths[name]: value for tree in trees for name, value in tree.items()}
-        return nnx.merge(self.graphdef, _nest(flat))
+        """Rebuilds the module from flat dicts that together hold exactly its arrays.
+
+        Raises:
+          ValueError: If they hold others; names the first that are missing or too many.
+        """
+        flat = {name: value for tree in trees for name, value in tree.items()}
+        if flat.keys() != self.paths.keys():
+            missing, extra = sorted(self.paths.keys() - flat.keys()), sorted(flat.keys() - self.paths.keys())
+            raise ValueError(f"arrays do not fit the module: missing {missing[:3]}, too many {extra[:3]}")
+        return nnx.merge(self.graphdef, _nest({self.paths[name]: value for name, value in flat.items()}))
 
 
 def split(module: nnx.Module) -> tuple[Structure, Params, Params, Params]:
@@ -44,17 +51,23 @@ def split(module: nnx.Module) -> tuple[Structure, Params, Params, Params]:
       `Memory`); arrays that never change (`Constant`).
 
     Raises:
-      ValueError: If the module holds a variable of another kind (a stored PRNG key, say): randomness enters at call
-        time, as `rngs`.
+      ValueError: If the module holds anything else (a bare array, a stored PRNG key), or two arrays of one name.
     """
     graphdef, params, variables, constants, rest = nnx.split(
         module, nnx.Param, nnx.Any(nnx.BatchStat, Memory), Constant, ...
     )
-    if left := _flatten(rest):
-        raise ValueError(f"variables of a kind that cannot be carried: {', '.join(left)}")
-    flats = [_flatten(state) for state in (params, variables, constants)]
-    paths = {_name(path): path for state in (params, variables, constants) for path in _flat_paths(state)}
-    return Structure(graphdef, paths), flats[0], flats[1], flats[2]
+    if left := [_name(path) for path in _flat_paths(rest)]:
+        raise ValueError(
+            f"neither Param, BatchStat, Memory nor Constant: {', '.join(left)}. Wrap arrays in one of these; "
+            "randomness enters at call time"
+        )
+    states = (params, variables, constants)
+    every = [path for state in states for path in _flat_paths(state)]
+    paths = {_name(path): path for path in every}
+    if len(paths) < len(every):
+        twice = next(_name(path) for path in every if paths[_name(path)] != path)
+        raise ValueError(f"two arrays are called {twice!r}: avoid '/' in the keys of a Dict")
+    return Structure(graphdef, paths), *(_flatten(state) for state in states)
 
 
 def variables(module: nnx.Module) -> Params:

@@ -41,6 +41,7 @@ class Run:
       state: As initialised, on its shardings.
       frozen: On its shardings.
       mesh: The devices.
+      num_classes: C.
       parameters: Trained parameters of the student, of the methods, and of the teacher (0 without one).
     """
 
@@ -48,6 +49,7 @@ class Run:
     state: TrainState
     frozen: Frozen
     mesh: Mesh
+    num_classes: int
     parameters: dict[str, int]
 
     @property
@@ -79,8 +81,9 @@ def network(config: Mapping[str, Any], num_classes: int, dtype: str, arrays: Par
     wanted = {name: leaf.shape for name, leaf in {**params, **variables}.items()}
     found = {name: leaf.shape for name, leaf in arrays.items()}
     if wanted != found:
-        wrong = [f"{n}: {found.get(n)} instead of {wanted.get(n)}" for n in {**wanted, **found} if wanted.get(n) != found.get(n)]
-        raise ValueError(f"the arrays are not those of {config['name']} with {num_classes} classes: {'; '.join(wrong[:3])}")
+        wrong = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+        first = "; ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in wrong[:3])
+        raise ValueError(f"the arrays are not those of {config['name']} with {num_classes} classes: {first}")
     return Network(structure, arrays, module.info)
 
 
@@ -105,7 +108,7 @@ def run(
     """
     mesh = sharding.make_mesh(config["mesh"], devices)
     sharding.check_batch(config["global_batch_size"], mesh)
-    clock = Clock(len(data.train.labels), config["global_batch_size"], config["epochs"])
+    clock = Clock(len(data.labels), config["global_batch_size"], config["epochs"])
     num_classes = len(data.class_names)
     student = model(config["student"], num_classes, config["dtype"], config["seed"])
     if teacher and teacher.info.num_classes != num_classes:
@@ -116,9 +119,9 @@ def run(
     setup = Setup(
         student=student.info,
         teacher=teacher.info if teacher else None,
-        image_size=data.train.images.shape[1:3],
+        image_size=data.image_size,
         global_batch_size=config["global_batch_size"],
-        labels=data.train.labels,
+        labels=data.labels,
         similarity=functools.cache(similarity),
     )
     methods = {
@@ -159,7 +162,7 @@ def run(
         "methods": _size(functional.under(params, "methods")),
         "teacher": _size(_trained(teacher)) if teacher else 0,
     }
-    return Run(program, state, frozen, mesh, parameters)
+    return Run(program, state, frozen, mesh, num_classes, parameters)
 
 
 def _trained(teacher: Network) -> Params:

@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from wkd_jax.data.base import DataSet
-from wkd_jax.data.memory import MemoryInput, evaluation_batches
 from wkd_jax.training import build, sharding, workdir
 from wkd_jax.training import teacher as teacher_lib
 from wkd_jax.training.checkpoint import Checkpoints
@@ -69,7 +68,7 @@ def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: p
     data = build.data_set(config["data"])
     teacher = None
     if teacher_directory:
-        teacher = teacher_lib.load(config, teacher_directory, len(data.class_names))
+        teacher = teacher_lib.load(config, teacher_directory)
     built = build.run(
         config, data, teacher.network if teacher else None, lambda: teacher.similarity(config, data, directory)
     )
@@ -88,8 +87,7 @@ def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, bu
     shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
     train_step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
     eval_step = jax.jit(program.eval_step, out_shardings=replicated)
-    inputs = MemoryInput(
-        data.train,
+    inputs = data.training(
         global_batch_size=config["global_batch_size"],
         seed=config["seed"],
         process_index=jax.process_index(),
@@ -151,9 +149,7 @@ class Watch:
       last_good: The last step that was saved, for the message of a run that has to stop.
     """
 
-    def __init__(
-        self, clock: Any, writer: MetricWriter, progress: Progress, *, log_every: int, last_good: int
-    ) -> None:
+    def __init__(self, clock: Any, writer: MetricWriter, progress: Progress, *, log_every: int, last_good: int) -> None:
         self.clock, self.writer, self.progress, self.log_every = clock, writer, progress, log_every
         self.last_good = last_good
         self.pending: list[tuple[int, Any]] = []
@@ -186,8 +182,8 @@ def _evaluate(
     eval_step: Callable[..., Any], state: TrainState, config: Mapping[str, Any], data: DataSet, built: build.Run
 ) -> dict[str, Any]:
     """Metrics over the test split, each example once."""
-    batches = evaluation_batches(
-        data.test,
+    batches = data.evaluation(
+        "test",
         global_batch_size=config["global_batch_size"],
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -212,6 +208,7 @@ def _result(
         "teacher_top1": None,  # of a run without a teacher; the evaluation of one with a teacher has it
         **_scalars(outcome.evaluation),
         "best": outcome.best,
+        "num_classes": built.num_classes,
         "steps": built.program.clock.total_steps,
         "seconds": round(outcome.seconds, 1),
         "student_parameters": built.parameters["student"],

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-
 import jax.numpy as jnp
 import optax
 
@@ -98,5 +97,3 @@ def _decay_groups(config: Mapping[str, Any], names: list[str]) -> dict[float, fr
         factor = next((factor for pattern, factor in rules if pattern.search(name)), 1.0)
         groups.setdefault(config["weight_decay"] * factor, set()).add(name)
     return {rate: frozenset(chosen) for rate, chosen in groups.items()}
-
-

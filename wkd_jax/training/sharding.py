@@ -66,7 +66,9 @@ def place(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]] = 
             if leaf.ndim and pattern.search(str(name)):
                 used.add(pattern.pattern)
                 if len(spec) > leaf.ndim:
-                    raise ValueError(f"sharding: {pattern.pattern!r} places {name} by {spec}, but its shape is {leaf.shape}")
+                    raise ValueError(
+                        f"sharding: {pattern.pattern!r} places {name} by {spec}, but its shape is {leaf.shape}"
+                    )
                 try:
                     NamedSharding(mesh, spec).shard_shape(leaf.shape)
                 except ValueError as error:

@@ -106,13 +106,11 @@ class Program:
         )
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = {
-            name: self.ema * old + (1 - self.ema) * {**params, **variables}[name] for name, old in state.ema.items()
-        }
+        ema = {name: self.ema * old + (1 - self.ema) * {**params, **variables}[name] for name, old in state.ema.items()}
         metrics |= {
             "total": total,
             "learning_rate": self.learning_rate(state.step),
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
         }
         return TrainState(state.step + 1, params, variables, opt_state, ema), metrics
 

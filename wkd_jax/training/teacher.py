@@ -1,4 +1,4 @@
-"""The frozen teacher of a run, and what is computed from it before training: class similarities."""
+"""The frozen teacher of a run, and what is computed from it before training: the classes' similarity."""
 
 from __future__ import annotations
 
@@ -7,31 +7,109 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from wkd_jax.training import build, checkpoint, workdir
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from wkd_jax import interrelation, registry
+from wkd_jax.data.base import DataSet
+from wkd_jax.models import functional
+from wkd_jax.training import build, checkpoint, sharding, workdir
 from wkd_jax.training.build import Network
+from wkd_jax.training.progress import Progress
+from wkd_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A trained network and where it comes from."""
+    """A trained network.
+
+    Attributes:
+      network: Structure and arrays.
+      source: Where it was read from, for messages.
+    """
 
     network: Network
-    directory: pathlib.Path
+    source: str
+
+    def similarity(self, config: Mapping[str, Any], data: DataSet, directory: pathlib.Path) -> np.ndarray:
+        """The class similarity [C, C] that the config's `interrelation` section asks for.
+
+        Read from a file if the config names one; else found in the run's directory; else computed, one pass over the
+        training images without augmentation, and kept there.
+
+        Raises:
+          ValueError: If a file does not fit this run, or the section asks for what the teacher does not have.
+        """
+        spec, info = interrelation.check(config["interrelation"]), self.network.info
+        path = directory / workdir.INTERRELATION
+        if spec["file"]:
+            found = interrelation.load_file(pathlib.Path(spec["file"]), data.class_names)
+            record = {"file": spec["file"]}
+            interrelation.save(path, interrelation.Interrelation(found, data.class_names, record))
+            return found
+        if spec["kind"] != "classifier":
+            interrelation.check_name(spec["features"], info)
+        samples = interrelation.count_samples(spec["samples_per_class"], data.labels, data.class_names)
+        record = interrelation.provenance(
+            teacher=info.name,
+            weights_hash=interrelation.hash_arrays(self.network.arrays),
+            data=data.name,
+            data_fingerprint=data.fingerprint,
+            num_classes=info.num_classes,
+            spec=interrelation.relevant(spec, samples),
+        )
+        if path.exists():
+            return interrelation.load(path, record).similarity
+        if spec["kind"] == "classifier":
+            similarity = interrelation.from_classifier(np.asarray(self.network.arrays[info.classifier]))
+        else:
+            similarity = interrelation.from_features(spec, self._features(config, data, samples))
+        interrelation.save(path, interrelation.Interrelation(similarity, data.class_names, record))
+        return similarity
+
+    def _features(self, config: Mapping[str, Any], data: DataSet, samples: int) -> np.ndarray:
+        """Class features [C, N, D] of the training images, on all devices."""
+        mesh = sharding.make_mesh(config["mesh"])
+        replicated = NamedSharding(mesh, PartitionSpec())
+        task = registry.get("tasks", config["task"]["name"])(config["task"], data.mean, data.std)
+        arrays = jax.device_put(self.network.arrays, replicated)
+
+        def forward(arrays: Any, image: jax.Array) -> jax.Array:
+            rows = jnp.zeros(len(image), jnp.int32)
+            batch = task.prepare(Batch(image=image, label=rows, index=rows, valid=rows == 0), None)
+            outputs = self.network.structure.merge(arrays)(batch.image, train=False)
+            return interrelation.select(outputs, config["interrelation"]["features"], self.network.info)
+
+        step = jax.jit(forward, out_shardings=replicated)
+        batches = data.evaluation("train", global_batch_size=config["global_batch_size"])
+        with Progress(len(data.class_names) * samples, description="class features") as progress:
+            return interrelation.collect(
+                lambda image: step(arrays, sharding.global_batch(image, mesh)),
+                batches,
+                num_classes=len(data.class_names),
+                samples_per_class=samples,
+                progress=lambda done, total: progress.update(done, {}),
+            )
 
 
-def load(config: Mapping[str, Any], directory: pathlib.Path, dtype: str) -> Teacher:
+def load(config: Mapping[str, Any], directory: pathlib.Path) -> Teacher:
     """The student of an earlier run, as a teacher.
 
     Args:
-      config: The `teacher` section.
+      config: Resolved, of the run that wants the teacher.
       directory: The earlier run's work directory.
-      dtype: Of activations.
 
     Raises:
       ValueError: If the directory holds no run, or an unfinished one.
     """
     if not (directory / workdir.CONFIG).exists():
-        raise ValueError(f"teacher.run={directory}: holds no run (no {workdir.CONFIG}). Train one there first")
+        raise ValueError(f"teacher: {directory} holds no run (no {workdir.CONFIG}): train one there first")
     if not workdir.finished(directory):
-        raise ValueError(f"teacher.run={directory}: its training is not finished; run its config again to continue it")
-    return directory
+        raise ValueError(f"teacher: the run in {directory} is not finished: run its config again to go on with it")
+    earlier = workdir.read_json(directory / workdir.RESULT)
+    tree, _ = checkpoint.read(directory / workdir.CHECKPOINTS, which=config["teacher"]["which"])
+    arrays = functional.under({**tree["params"], **tree["variables"], **tree["ema"]}, "student")
+    network = build.network(earlier["config"]["student"], earlier["num_classes"], config["dtype"], arrays)
+    return Teacher(network, str(directory))

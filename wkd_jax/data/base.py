@@ -1,0 +1,108 @@
+"""What training needs of a data set, and of whatever feeds it.
+
+A factory (`digits`, `tfds`) returns a `DataSet`; its `training` is an endless stream of batches, an `Input`. Both are
+host-side NumPy: JAX sees nothing before a batch is put on the devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from wkd_jax.types import Batch
+
+_CHUNK = 1024  # images a pass over a split looks at together, so that no pass needs a second copy of the split
+
+
+class DataSet(Protocol):
+    """A classification data set with a training and a test split, wherever its pixels are.
+
+    Attributes:
+      name: For people: reports and messages.
+      class_names: One a class; labels are positions in it.
+      mean: Per channel, of `images / 255` over the training pixels (see `channel_statistics`).
+      std: Likewise, the population standard deviation.
+      image_size: (height, width) of the batches' images, pixels.
+      labels: [num_examples] int32, of the training split in its own order.
+      fingerprint: Names the content: the same on every machine, another for other pixels, labels or order.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...  # noqa: D102
+
+    @property
+    def labels(self) -> np.ndarray: ...  # noqa: D102
+
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
+
+    def training(self, *, global_batch_size: int, seed: int, process_index: int = 0, process_count: int = 1) -> Input:
+        """The endless training stream, this process's part of each global batch."""
+
+    def evaluation(
+        self,
+        split: Literal["train", "test"],
+        *,
+        global_batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[Batch]:
+        """One pass over a split, unaugmented, each example once; padding has `valid=False`."""
+
+
+class Input(Protocol):
+    """An endless stream of training batches that can be stopped and resumed at any batch.
+
+    The order of examples is that of `wkd_jax.data.order.stream`, whatever reads them: batch i holds positions
+    [i * global_batch_size, (i + 1) * global_batch_size) of it, and process p the p-th equal part of that. So the state
+    is the same on every process and is good for another number of processes.
+    """
+
+    def __next__(self) -> Batch:
+        """This process's part of the next global batch: NumPy arrays, images uint8, `valid` all True."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream stands: what JSON can hold, enough to go on with the batch that `next` would give."""
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to where `get_state` was called.
+
+        Raises:
+          ValueError: If the state is of another stream (seed, number of examples, global batch size).
+        """
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation of `images / 255`, per channel.
+
+    Sums are exact integers, so the result is the same on every machine.
+
+    Args:
+      images: [N, H, W, 3] uint8.
+
+    Returns:
+      (mean, std), three floats each; 1 is the full range.
+
+    Example:
+      >>> channel_statistics(np.array([0, 255] * 3, np.uint8).reshape(1, 3, 2, 1).transpose(0, 2, 3, 1))
+      ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    """
+    total = np.zeros(3, np.int64)
+    squares = np.zeros(3, np.int64)
+    for start in range(0, len(images), _CHUNK):
+        pixels = images[start : start + _CHUNK].reshape(-1, 3).astype(np.int64)
+        total += pixels.sum(axis=0)
+        squares += (pixels * pixels).sum(axis=0)
+    count = images.size // 3
+    mean = tuple(int(t) / (255 * count) for t in total)
+    # Python integers: count * squares - total^2 cancels, and may exceed 64 bits.
+    variance = [(count * int(s) - int(t) ** 2) / (255 * count) ** 2 for s, t in zip(squares, total, strict=True)]
+    return mean, tuple(map(math.sqrt, variance))

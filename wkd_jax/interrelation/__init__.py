@@ -1,0 +1,42 @@
+"""Category interrelations: how alike a teacher finds the classes, from its features on the training set.
+
+    samples = count_samples(spec["samples_per_class"], labels, class_names)
+    features = collect(apply, batches, num_classes=C, samples_per_class=samples)      # [C, N, D]
+    similarity = from_features(spec, features)                                        # [C, C]
+    save(path, Interrelation(similarity, class_names, provenance(...)))
+    load(path, expected=provenance(...))                                              # in the next run
+
+`losses.ground_cost` turns the similarity into the cost of WKD-L. The package imports `losses`, `types` and `registry`,
+never `training`.
+"""
+
+from wkd_jax.interrelation.features import check_name, collect, count_samples, select
+from wkd_jax.interrelation.similarity import DEFAULTS, check, from_classifier, from_features, relevant
+from wkd_jax.interrelation.store import (
+    Interrelation,
+    hash_arrays,
+    load,
+    load_distance,
+    load_file,
+    provenance,
+    save,
+)
+
+__all__ = [
+    "DEFAULTS",
+    "Interrelation",
+    "check",
+    "check_name",
+    "collect",
+    "count_samples",
+    "from_classifier",
+    "from_features",
+    "hash_arrays",
+    "load",
+    "load_distance",
+    "load_file",
+    "provenance",
+    "relevant",
+    "save",
+    "select",
+]

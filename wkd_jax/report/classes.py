@@ -1,0 +1,160 @@
+"""What a report says of each class: accuracy, agreement, mistakes, and how alike the classes are to the teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.cluster import hierarchy
+from scipy.spatial import distance
+
+from wkd_jax.report import plots, text
+from wkd_jax.report.elements import Figure, Table
+from wkd_jax.report.read import Evaluation, Interrelation
+
+EXTREMES = 10  # classes, or pairs of classes, in a table of the best or the worst
+
+
+def percent(part: Any, whole: Any) -> np.ndarray:
+    """Percentages; NaN where the whole is 0, as for a class without examples.
+
+    Example:
+      >>> percent(np.array([1.0, 0.0]), np.array([4.0, 0.0]))
+      array([25., nan])
+    """
+    return 100 * np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracies:
+    """Percentages by class, [C]; NaN for a class without examples, None for what needs a teacher that there is not."""
+
+    names: Sequence[str]
+    count: np.ndarray
+    student: np.ndarray
+    teacher: np.ndarray | None
+    agree: np.ndarray | None
+
+    def table(self, caption: str, classes: Iterable[int]) -> Table:
+        """What is known of some classes, in their order."""
+        head = ["class", "examples", "student %"]
+        head += [] if self.teacher is None else ["teacher %", "gap"]
+        head += [] if self.agree is None else ["agree %"]
+        rows = []
+        for i in classes:
+            row = [self.names[i], f"{self.count[i]:,.0f}", text.fixed(self.student[i], 1)]
+            if self.teacher is not None:
+                row += [text.fixed(self.teacher[i], 1), text.signed(self.student[i] - self.teacher[i], 1)]
+            if self.agree is not None:
+                row += [text.fixed(self.agree[i], 1)]
+            rows.append(row)
+        return Table(caption, head, rows)
+
+    def extremes(self) -> list[Table]:
+        """The classes at either end, for more classes than a person reads through."""
+        known = np.flatnonzero(self.count > 0)
+
+        def first(key: np.ndarray) -> np.ndarray:
+            return known[np.argsort(key[known], kind="stable")][:EXTREMES]
+
+        tables = [
+            self.table(f"The student's {EXTREMES} best classes", first(-self.student)),
+            self.table(f"The student's {EXTREMES} worst classes", first(self.student)),
+        ]
+        if self.teacher is not None:
+            behind = first(self.student - self.teacher)
+            tables.append(self.table(f"The {EXTREMES} classes furthest behind the teacher", behind))
+        if self.agree is not None:
+            tables.append(self.table(f"The {EXTREMES} classes with the least agreement", first(self.agree)))
+        return tables
+
+
+def section(evaluation: Evaluation) -> dict[str, Any]:
+    """Figures and tables by class.
+
+    Returns:
+      `examples` and `agreement` (None without a teacher) over all classes, `figures`, `tables`, `everything`: the table
+      of all classes, best first, and `long`: whether that is too long to be shown at once.
+    """
+    names, count = evaluation.class_names, evaluation.count
+    teacher = None if evaluation.teacher_correct is None else percent(evaluation.teacher_correct, count)
+    agree = None if evaluation.agree is None else percent(evaluation.agree, count)
+    known = Accuracies(names, count, percent(evaluation.student_correct, count), teacher, agree)
+    order = np.argsort(-known.student, kind="stable")  # NaN last
+    drawing = plots.class_accuracy(
+        "class accuracy",
+        [names[i] for i in order],
+        known.student[order],
+        None if teacher is None else teacher[order],
+    )
+    long = len(names) > plots.BARS
+    figures = [Figure("Accuracy of each class", drawing)]
+    tables = known.extremes() if long else []
+    if evaluation.confusion is not None:
+        if len(names) <= plots.ALL_NAMES:
+            figures.append(
+                Figure("The student's confusions", plots.confusion("confusion", names, evaluation.confusion))
+            )
+        tables.append(_mistakes(evaluation))
+    overall = None if evaluation.agree is None else text.fixed(float(percent(evaluation.agree.sum(), count.sum())))
+    return {
+        "examples": f"{count.sum():,.0f}",
+        "agreement": overall,
+        "figures": figures,
+        "tables": tables,
+        "everything": known.table(f"All {len(names)} classes, best first", order),
+        "long": long,
+    }
+
+
+def _mistakes(evaluation: Evaluation) -> Table:
+    """The most frequent confusions of two classes."""
+    names, count = evaluation.class_names, evaluation.count
+    wrong = evaluation.confusion * (1 - np.eye(len(names)))
+    rows = []
+    for i in np.argsort(-wrong, axis=None, kind="stable")[:EXTREMES]:
+        true, predicted = np.unravel_index(i, wrong.shape)
+        if wrong[true, predicted]:
+            share = text.fixed(float(percent(wrong[true, predicted], count[true])), 1)
+            rows.append([names[true], names[predicted], f"{wrong[true, predicted]:,.0f}", share])
+    return Table("The student's most frequent mistakes", ["true", "predicted", "examples", "% of true"], rows, 2)
+
+
+def interrelation(relation: Interrelation) -> dict[str, Any]:
+    """The heat map with similar classes side by side, the pairs that are most alike, and where it comes from."""
+    similarity, names = relation.similarity, relation.class_names
+    order = similar_order(similarity)
+    rows, columns = np.triu_indices(len(names), k=1)
+    most = np.argsort(-similarity[rows, columns], kind="stable")[:EXTREMES]
+    pairs = [[names[rows[i]], names[columns[i]], text.fixed(float(similarity[rows[i], columns[i]]), 4)] for i in most]
+    drawing = plots.similarity("similarity", [names[i] for i in order], similarity[np.ix_(order, order)])
+    provenance: Mapping[str, Any] = relation.provenance
+    return {
+        "figure": Figure("Class similarity", drawing),
+        "pairs": Table("The most similar pairs of classes", ["class", "class", "similarity"], pairs, 2),
+        "sparse": len(names) > plots.ALL_NAMES,
+        "block": -(-len(names) // plots.PIXELS),
+        "provenance": text.flat(provenance),
+    }
+
+
+def similar_order(similarity: np.ndarray) -> np.ndarray:
+    """Orders classes so that similar ones are neighbours: the leaves of an average-linkage tree.
+
+    Args:
+      similarity: [C, C].
+
+    Returns:
+      [C] integers, a permutation.
+
+    Example:
+      >>> similar_order(np.array([[1.0, 0.1, 0.9], [0.1, 1.0, 0.2], [0.9, 0.2, 1.0]])).tolist()
+      [1, 0, 2]
+    """
+    if len(similarity) < 3:
+        return np.arange(len(similarity))
+    apart = similarity.max() - (similarity + similarity.T) / 2
+    np.fill_diagonal(apart, 0)
+    return hierarchy.leaves_list(hierarchy.linkage(distance.squareform(apart, checks=False), method="average"))

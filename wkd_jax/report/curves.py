@@ -1,0 +1,98 @@
+"""The curves of a report: which quantities are drawn, in which groups."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from wkd_jax.report import plots
+from wkd_jax.report.elements import Figure
+from wkd_jax.report.read import Curve
+
+Curves = Mapping[str, Curve]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Figures under one title."""
+
+    title: str
+    figures: Sequence[Figure]
+    remark: str = ""
+
+
+def groups(curves: Mapping[str, Curves], teacher_top1: float | None) -> list[Group]:
+    """All logged quantities as figures; nothing that was logged is left out.
+
+    A quantity "method/term" of the training log is a loss term if "method/term/weight" is logged too, and otherwise one
+    that is watched and not trained on.
+
+    Args:
+      curves: Kind of record -> quantity -> curve.
+      teacher_top1: Percent, drawn as a level beside the student's; None where it is not known.
+    """
+    train = dict(curves.get("train", {}))
+    weighted = {key: _product(train[key], train[f"{key}/weight"]) for key in train if f"{key}/weight" in train}
+    terms = [key for key, curve in weighted.items() if curve.steps.size]
+    evaluated = {
+        (key if kind == "eval" else f"{kind}: {key}"): curve
+        for kind, named in curves.items()
+        for key, curve in named.items()
+        if kind != "train"
+    }
+
+    overview = []
+    if total := train.pop("total", None):
+        overview.append(_figure("total loss", {"total": total}, scale="log"))
+    if len(terms) > 1:
+        overview.append(_figure("weight × term, all terms", {key: weighted[key] for key in terms}))
+    if top1 := evaluated.pop("top1", None):
+        level = None if teacher_top1 is None else ("teacher", teacher_top1)
+        overview.append(_figure("top-1 accuracy in evaluation, %", {"student": top1}, level=level))
+    rows = []
+    for key in terms:
+        rows.append(_figure(key, {key: train.pop(key)}, scale="log"))
+        rows.append(_figure(f"{key}: its weight", {key: train.pop(f"{key}/weight")}))
+        rows.append(_figure(f"{key}: weight × term", {key: weighted[key]}))
+    watched = {key: train.pop(key) for key in list(train) if "/" in key}
+    constants = {key: curve for key, curve in evaluated.items() if (curve.values == curve.values[0]).all()}
+    remark = ", ".join(f"{key} {curve.values[0]:.6g}" for key, curve in constants.items())
+    found = [
+        Group("Overview", overview),
+        Group("Loss terms", rows, "A row each: the term, its weight, and what it adds to the total loss."),
+        Group("Watched, not trained on", _singles(watched, scale="log")),
+        Group("Optimisation", _singles(train, scale="log")),
+        Group(
+            "Evaluation",
+            _singles({key: curve for key, curve in evaluated.items() if key not in constants}),
+            remark and f"The same in every evaluation: {remark}.",
+        ),
+    ]
+    return [group for group in found if group.figures or group.title == "Evaluation" and group.remark]
+
+
+def longest(curves: Mapping[str, Curves]) -> int:
+    """Points of the longest curve."""
+    return max((curve.values.size for kind in curves.values() for curve in kind.values()), default=0)
+
+
+def _singles(curves: Curves, **how: Any) -> list[Figure]:
+    return [_figure(key, {key: curve}, **({} if key == "learning_rate" else how)) for key, curve in curves.items()]
+
+
+def _figure(caption: str, lines: Curves, **how: Any) -> Figure:
+    """A figure; its caption says how many points of it are not finite."""
+    drawing = plots.curves(caption, lines, **how)
+    broken = sum(int((~np.isfinite(curve.values)).sum()) for curve in lines.values())
+    points = f"{broken:,} point{'s' * (broken > 1)} not finite, marked in red"
+    return Figure(f"{caption} ({points})" if broken else caption, drawing)
+
+
+def _product(values: Curve, weights: Curve) -> Curve:
+    """Weight times value, at the steps that have both."""
+    steps, first, second = np.intersect1d(values.steps, weights.steps, assume_unique=True, return_indices=True)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return Curve(steps, values.values[first] * weights.values[second])

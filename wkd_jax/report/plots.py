@@ -1,0 +1,298 @@
+"""The figures of a report, as inline SVG: curves over the steps of a run, and what is known of each class."""
+
+from __future__ import annotations
+
+import dataclasses
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from wkd_jax.report import svg, text
+from wkd_jax.report.read import Curve
+
+BUCKETS = 500  # points of a drawn line; a longer curve is drawn as the mean and the range of as many buckets
+ALL_NAMES = 30  # classes up to which every one is named on the axes of a matrix
+BARS = 40  # classes up to which each has a bar
+PIXELS = 500  # side of a drawn matrix; of a larger one, the mean of blocks is drawn
+_CELL = (340, 200)  # size of a curve's figure
+_WIDTH = 540  # of the figure of a matrix, or of all classes
+_STEPS = (1, 2, 2.5, 5, 10)  # between ticks, times a power of ten
+_LEVELS = 64  # colours of a heat map: as smooth to the eye as more, and a far smaller file
+_SHARES = LinearSegmentedColormap.from_list("shares", [(*to_rgb(svg.STUDENT), 0.06), (*to_rgb(svg.STUDENT), 1.0)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Thinned:
+    """A curve as it is drawn.
+
+    Attributes:
+      steps: [K] float64, mean step of each bucket.
+      mean: [K] float64, mean of its finite values; NaN where it has none.
+      low: [K] float64, the smallest finite value.
+      high: [K] float64, the largest finite value.
+      broken: [K] bool, whether the bucket has a value that is not finite.
+    """
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    broken: np.ndarray
+
+
+def thin(curve: Curve, buckets: int = BUCKETS) -> Thinned:
+    """Groups the points of a curve into at most `buckets` of equal count, extremes kept.
+
+    Example:
+      >>> thinned = thin(Curve(np.arange(6), np.array([0.0, 4.0, 1.0, 1.0, np.nan, 3.0])), buckets=3)
+      >>> thinned.mean, thinned.high, thinned.broken
+      (array([2., 1., 3.]), array([4., 1., 3.]), array([False, False,  True]))
+    """
+    count = curve.values.size
+    starts = np.arange(count) if count <= buckets else np.arange(buckets) * count // buckets
+    finite = np.isfinite(curve.values)
+    points = np.diff(starts, append=count)
+    good = np.add.reduceat(finite.astype(np.int64), starts)
+    return Thinned(
+        steps=np.add.reduceat(curve.steps.astype(np.float64), starts) / points,
+        mean=np.add.reduceat(np.where(finite, curve.values, 0), starts) / np.where(good > 0, good, np.nan),
+        low=np.where(good > 0, np.minimum.reduceat(np.where(finite, curve.values, np.inf), starts), np.nan),
+        high=np.where(good > 0, np.maximum.reduceat(np.where(finite, curve.values, -np.inf), starts), np.nan),
+        broken=good < points,
+    )
+
+
+def curves(
+    name: str, lines: Mapping[str, Curve], *, level: tuple[str, float] | None = None, scale: str = "linear"
+) -> Markup:
+    """Draws curves over the steps, in one pair of axes.
+
+    Args:
+      name: The figure's, distinct within the page.
+      lines: Label -> curve. Labels are drawn where there is more than one line, or a level.
+      level: (label, value) of a horizontal line to compare with.
+      scale: "linear", or "log" to use a logarithmic axis where all values are positive and span two decades.
+    """
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_axes((0.13, 0.17, 0.84, 0.79))
+        for i, (label, curve) in enumerate(lines.items()):
+            _line(axes, thin(curve), colour=svg.SERIES[i % len(svg.SERIES)], label=svg.plain(label))
+        if level:
+            axes.axhline(level[1], color=svg.TEACHER, linestyle=(0, (5, 3)), label=level[0])
+        values = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in lines.values()])
+        if scale == "log" and values.size and values.min() > 0 and values.max() / values.min() > 100:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            if values.size and values.min() == values.max() > 0:  # a constant: show how far it is from 0
+                axes.set_ylim(0, 1.25 * values.max())
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text.compact(value)))
+        axes.set_xlim(0, 1.02 * max([1, *(curve.steps[-1] for curve in lines.values())]))
+        axes.tick_params(length=3)
+        axes.set_xlabel("step", labelpad=2)
+        axes.grid(axis="y")
+        if len(lines) > 1 or level:
+            axes.legend(loc="best" if values.size else "center", handlelength=1.4, borderaxespad=0.2, labelspacing=0.25)
+
+    return svg.draw(name, *_CELL, paint, label=f"Curves over the steps: {', '.join(lines)}")
+
+
+def similarity(name: str, names: Sequence[str], matrix: np.ndarray) -> Markup:
+    """Draws class similarities as a heat map. The colours span the 1st to 99th percentile off the diagonal.
+
+    Args:
+      name: The figure's.
+      names: C class names, in the order of the matrix.
+      matrix: [C, C]. The diagonal is left blank: it is 1 by definition.
+    """
+    diagonal = np.eye(len(names), dtype=bool)
+    low, high = np.percentile(matrix[~diagonal], (1, 99)) if len(names) > 1 else (0.0, 1.0)
+    if high - low < 1e-6:  # all alike, as with two classes
+        low, high = low - 0.05, high + 0.05
+    colours = matplotlib.colormaps["viridis"].resampled(_LEVELS)
+    scale = _Scale(colours, low, high, "similarity", extend="both")
+    return _matrix(name, names, np.where(diagonal, np.nan, matrix), scale, label="Heat map of class similarity")
+
+
+def confusion(name: str, names: Sequence[str], counts: np.ndarray) -> Markup:
+    """Draws a confusion matrix, each row as a share of its class, with the counts where there is room for them.
+
+    Args:
+      name: The figure's.
+      names: C class names.
+      counts: [C, C], true class by row. Zeros are left blank.
+    """
+    share = np.where(counts > 0, 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), np.nan)
+
+    def annotate(axes: Axes) -> None:
+        axes.set_xlabel("predicted by the student")
+        axes.set_ylabel("true class")
+        if len(names) <= 16:
+            for row, column in np.argwhere(counts > 0):
+                colour = "#ffffff" if share[row, column] > 60 else svg.INK
+                number = f"{counts[row, column]:.0f}"
+                axes.text(column, row, number, ha="center", va="center", fontsize=8, color=colour)
+
+    scale = _Scale(_SHARES, 0, 100, "% of the true class")
+    return _matrix(name, names, share, scale, annotate, label="Confusion matrix of the student")
+
+
+def class_accuracy(name: str, names: Sequence[str], student: np.ndarray, teacher: np.ndarray | None) -> Markup:
+    """Draws the accuracy of each class: as named bars, or by rank where there are too many.
+
+    Args:
+      name: The figure's.
+      names: C class names, in the order to draw.
+      student: [C], percent; NaN where a class has no examples.
+      teacher: The same; None in a run without a teacher.
+    """
+    bars = len(names) <= BARS
+    height = 70 + 18 * len(names) if bars else 300
+    left = _room(names, 9) if bars else 45
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_axes(_box(left, 24, _WIDTH - left - 15, height - 64, height))
+        (_bars if bars else _ranks)(axes, names, student, teacher)
+
+    return svg.draw(name, _WIDTH, height, paint, label="Accuracy by class")
+
+
+def _bars(axes: Axes, names: Sequence[str], student: np.ndarray, teacher: np.ndarray | None) -> None:
+    """A bar a class for the student, a tick on it for the teacher."""
+    y = np.arange(len(names))
+    axes.barh(y, np.nan_to_num(student), height=0.62, color=svg.STUDENT, label="student")
+    if teacher is not None:
+        axes.plot(
+            teacher, y, linestyle="none", marker="|", markersize=13, markeredgewidth=2.5, color=svg.TEACHER,
+            label="teacher",
+        )  # fmt: skip
+    axes.set_yticks(y, [svg.plain(each) for each in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy, %")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    if teacher is not None:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+
+
+def _ranks(axes: Axes, names: Sequence[str], student: np.ndarray, teacher: np.ndarray | None) -> None:
+    """A line through the student's classes, a dot a class for the teacher."""
+    rank = np.arange(1, len(names) + 1)
+    if teacher is not None:
+        axes.scatter(rank, teacher, s=7, color=svg.TEACHER, linewidths=0, label="teacher", rasterized=True)
+    axes.plot(rank, student, color=svg.STUDENT, linewidth=2, label="student")
+    axes.set_xlim(0, len(names) + 1)
+    axes.set_xlabel("classes, in the order of the student's accuracy")
+    axes.set_ylabel("accuracy, %")
+    axes.grid(axis="y")
+    if teacher is not None:
+        axes.legend(loc="lower left")
+
+
+def _line(axes: Axes, thinned: Thinned, *, colour: str, label: str) -> None:
+    """A line with its range shaded, gaps where values are not finite, and those marked along the bottom."""
+    axes.fill_between(thinned.steps, thinned.low, thinned.high, color=colour, alpha=0.3, linewidth=0)
+    _path(axes, thinned.steps, thinned.mean, color=colour, label=label)
+    if thinned.broken.any():
+        bottom = np.where(thinned.broken, 0.0, np.nan)
+        transform = axes.get_xaxis_transform()
+        _path(axes, thinned.steps, bottom, color=svg.ALARM, linewidth=4, transform=transform, clip_on=False)
+
+
+def _path(axes: Axes, x: np.ndarray, y: np.ndarray, **properties: Any) -> None:
+    """A line whose points are marked where they are few, or have no neighbour to be joined to."""
+    finite = np.isfinite(y)
+    before, after = np.roll(finite, 1), np.roll(finite, -1)
+    before[0] = after[-1] = False
+    alone = np.flatnonzero(finite if y.size <= 30 else finite & ~before & ~after)
+    (line,) = axes.plot(x, y, **properties)
+    marks = {"marker": "o", "markersize": 2.5 * line.get_linewidth() ** 0.5, "linestyle": "none", "label": None}
+    axes.plot(x[alone], y[alone], **(properties | marks))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scale:
+    """The colours of a matrix and what they mean."""
+
+    colours: Colormap
+    low: float
+    high: float
+    label: str
+    extend: str = "neither"
+
+
+def _matrix(
+    name: str,
+    names: Sequence[str],
+    matrix: np.ndarray,
+    scale: _Scale,
+    annotate: Callable[[Axes], None] = lambda axes: None,
+    *,
+    label: str,
+) -> Markup:
+    """Draws a square matrix with class names on both axes: all of them, or a few where there are many."""
+    count = len(names)
+    ticks = np.arange(0, count, 1 if count <= ALL_NAMES else -(-count // 25))
+    labels = [svg.plain(names[i], 20) for i in ticks]
+    size = 9 if count <= 12 else 8
+    margin = 20 + _room(labels, size)
+    side = _WIDTH - margin - 80
+    height = 10 + side + margin
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_axes(_box(margin, 10, side, side, height))
+        edges = (-0.5, count - 0.5, count - 0.5, -0.5)
+        image = axes.imshow(
+            _shrunk(matrix), cmap=scale.colours, vmin=scale.low, vmax=scale.high, interpolation="none", extent=edges
+        )
+        axes.set_xticks(ticks, labels, rotation=90)
+        axes.set_yticks(ticks, labels)
+        axes.tick_params(length=0 if count <= ALL_NAMES else 2, labelsize=size)
+        axes.spines[:].set_visible(False)
+        annotate(axes)
+        beside = figure.add_axes(_box(margin + side + 14, 30, 16, side - 40, height))
+        bar = figure.colorbar(image, cax=beside, extend=scale.extend, label=scale.label)
+        bar.solids.set_rasterized(True)
+        bar.outline.set_visible(False)
+
+    return svg.draw(name, _WIDTH, height, paint, label=label)
+
+
+def _room(names: Sequence[str], size: float) -> float:
+    """Pixels that the longest of these tick labels needs, about: the page's font is not known here."""
+
+    def ems(name: str) -> float:
+        return sum(1.05 if unicodedata.east_asian_width(char) in "WF" else 0.58 for char in svg.plain(name))
+
+    return 12 + size * max(ems(name) for name in names)
+
+
+def _box(left: float, top: float, width: float, height: float, total: float) -> tuple[float, float, float, float]:
+    """Axes of this size in pixels, so far from the left and the top of a figure `total` high, as its fractions."""
+    return left / _WIDTH, 1 - (top + height) / total, width / _WIDTH, height / total
+
+
+def _shrunk(matrix: np.ndarray) -> np.ndarray:
+    """Means of square blocks, NaN left out, so that no side is longer than `PIXELS`."""
+    factor = -(-len(matrix) // PIXELS)
+    if factor == 1:
+        return matrix
+    side = -(-len(matrix) // factor)
+    padded = np.full((side * factor,) * 2, np.nan)
+    padded[: len(matrix), : len(matrix)] = matrix
+    blocks = padded.reshape(side, factor, side, factor).swapaxes(1, 2).reshape(side, side, -1)
+    count = np.isfinite(blocks).sum(axis=-1)
+    return np.nansum(blocks, axis=-1) / np.where(count, count, np.nan)

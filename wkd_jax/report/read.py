@@ -1,0 +1,259 @@
+"""Reads the work directory of a run, finished or not: the files that a report is made of, checked and in NumPy.
+
+Knows nothing of JAX and nothing of how the files were made, so that a report can be rebuilt anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+NON_FINITE = {"nan", "inf", "-inf"}  # strict JSON has no such numbers, so they are logged as these strings
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One logged quantity.
+
+    Attributes:
+      steps: [N] int64, increasing.
+      values: [N] float64; not every one needs to be finite.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How the student, and the teacher where there is one, do on each class.
+
+    Attributes:
+      class_names: C names.
+      count: [C] float64, examples of each class.
+      student_correct: [C] float64, of these, those whose largest student logit is the label's.
+      teacher_correct: The same of the teacher; None in a run without one.
+      agree: [C] float64, of these, those on which the two predict the same class; None in a run without a teacher.
+      confusion: [C, C] float64, examples by true class (row) and the student's prediction (column); None where the
+        run did not keep it.
+    """
+
+    class_names: Sequence[str]
+    count: np.ndarray
+    student_correct: np.ndarray
+    teacher_correct: np.ndarray | None
+    agree: np.ndarray | None
+    confusion: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Interrelation:
+    """The teacher's class interrelations.
+
+    Attributes:
+      class_names: C names.
+      similarity: [C, C] float64, 1 on the diagonal.
+      provenance: What it was computed from.
+    """
+
+    class_names: Sequence[str]
+    similarity: np.ndarray
+    provenance: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that a report may show.
+
+    Attributes:
+      workdir: Where it was read.
+      config: The resolved config.
+      curves: Kind of record ("train", "eval") -> name of the quantity -> its curve, in order of appearance.
+      step: The last step logged; 0 where none was.
+      epoch: The last epoch logged; None where none was.
+      truncated: Whether the log ends in half a line, as that of a killed run may. The half line is left out.
+      result: The outcome; None while the run is unfinished.
+      evaluation: None where the run has not written one.
+      interrelation: None where no method asked for one.
+    """
+
+    workdir: pathlib.Path
+    config: Mapping[str, Any]
+    curves: Mapping[str, Mapping[str, Curve]]
+    step: int
+    epoch: float | None
+    truncated: bool
+    result: Mapping[str, Any] | None
+    evaluation: Evaluation | None
+    interrelation: Interrelation | None
+
+
+def read(workdir: str | pathlib.Path) -> Run:
+    """Reads a work directory.
+
+    `config.json` and `metrics.jsonl` must be there; `result.json`, `evaluation.json` and `interrelation.npz` may be
+    absent.
+
+    Raises:
+      FileNotFoundError: If the directory or one of the two files is missing.
+      ValueError: If a file is not what it should be; the message names the file and the line or key at fault.
+    """
+    workdir = pathlib.Path(workdir)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"{workdir}: no such work directory; give the one that the run was started with")
+    records, truncated = _records(workdir / "metrics.jsonl")
+    last = max(records, key=lambda record: record["step"], default={"step": 0})
+    result, evaluation, interrelation = (
+        workdir / name for name in ("result.json", "evaluation.json", "interrelation.npz")
+    )
+    return Run(
+        workdir=workdir,
+        config=_json_object(workdir / "config.json"),
+        curves=_curves(records),
+        step=last["step"],
+        epoch=number(last.get("epoch")),
+        truncated=truncated,
+        result=_json_object(result) if result.exists() else None,
+        evaluation=_evaluation(evaluation) if evaluation.exists() else None,
+        interrelation=_interrelation(interrelation) if interrelation.exists() else None,
+    )
+
+
+def number(value: Any) -> float | None:
+    """`value` as a float where it is a number or the name of a non-finite one; None where it is anything else.
+
+    Example:
+      >>> number(3), number("-inf"), number("three"), number(True)
+      (3.0, -inf, None, None)
+    """
+    if isinstance(value, str) and value.lower() in NON_FINITE:
+        return float(value)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _text(path: pathlib.Path) -> str:
+    """The file's text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing; every run writes it before its first step") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error})") from error
+
+
+def _json_object(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        value = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _records(path: pathlib.Path) -> tuple[list[dict[str, Any]], bool]:
+    """The log's records in order of steps, and whether the last line was cut off.
+
+    A resumed run goes again over the steps since its last checkpoint: of records of the same kind, one that is
+    followed by another of the same or an earlier step is dropped.
+    """
+    kept: dict[str, list[dict[str, Any]]] = {}
+    truncated = False
+    lines = _text(path).split("\n")
+    for i, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if i == len(lines) - 1:  # no newline after it: the writer was stopped in the middle of the line
+                truncated = True
+                continue
+            raise ValueError(f"{path}, line {i + 1}: not valid JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {i + 1}: expected a JSON object, found {type(record).__name__}")
+        if type(record.get("step")) is not int:
+            raise ValueError(f"{path}, line {i + 1}: 'step' must be an integer, found {record.get('step')!r}")
+        if not isinstance(record.get("kind"), str):
+            raise ValueError(f"{path}, line {i + 1}: 'kind' must be a string, found {record.get('kind')!r}")
+        same_kind = kept.setdefault(record["kind"], [])
+        while same_kind and same_kind[-1]["step"] >= record["step"]:
+            same_kind.pop()
+        same_kind.append(record)
+    return [record for same_kind in kept.values() for record in same_kind], truncated
+
+
+def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
+    """The numbers of the records, by kind and name. What is not a number is no curve and is left out."""
+    points: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key in ("step", "epoch", "kind") or (y := number(value)) is None:
+                continue
+            steps, values = points.setdefault(record["kind"], {}).setdefault(key, ([], []))
+            steps.append(record["step"])
+            values.append(y)
+    return {
+        kind: {key: Curve(np.array(steps, np.int64), np.array(values)) for key, (steps, values) in curves.items()}
+        for kind, curves in points.items()
+    }
+
+
+def _array(path: pathlib.Path, key: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """`value` as a finite float64 array of this shape."""
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {key!r} is not an array of numbers ({error})") from error
+    if array.shape != shape:
+        raise ValueError(f"{path}: {key!r} has shape {array.shape}; by 'class_names' it must be {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{path}: {key!r} has entries that are not finite")
+    return array
+
+
+def _evaluation(path: pathlib.Path) -> Evaluation:
+    """Reads evaluation.json. What a run has no numbers for is null or absent."""
+    data = _json_object(path)
+    names = data.get("class_names")
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{path}: 'class_names' must be a list of names, one a class")
+    if missing := [key for key in ("count", "student_correct") if data.get(key) is None]:
+        raise ValueError(f"{path}: has no {' and no '.join(map(repr, missing))}")
+    by_class = (len(names),)
+    shapes = {"count": by_class, "student_correct": by_class, "teacher_correct": by_class, "agree": by_class}
+    shapes["confusion"] = by_class * 2
+    arrays = {
+        key: None if data.get(key) is None else _array(path, key, data[key], shape) for key, shape in shapes.items()
+    }
+    for key, array in arrays.items():
+        most = np.inf if key == "count" else arrays["count"][:, None] if key == "confusion" else arrays["count"]
+        if array is not None and not ((array >= 0) & (array <= most)).all():
+            raise ValueError(f"{path}: {key!r} must lie between 0 and 'count' for every class")
+    return Evaluation(class_names=[str(name) for name in names], **arrays)
+
+
+def _interrelation(path: pathlib.Path) -> Interrelation:
+    """Reads interrelation.npz."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            names, similarity, provenance = file["class_names"], file["similarity"], file["provenance"]
+        names = [str(name) for name in names.tolist()]
+        origin = json.loads(str(provenance))
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]}") from error
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read as an interrelation file ({error})") from error
+    if not isinstance(origin, dict):
+        raise ValueError(f"{path}: 'provenance' must be a JSON object, found {type(origin).__name__}")
+    if not names:
+        raise ValueError(f"{path}: 'class_names' is empty")
+    return Interrelation(names, _array(path, "similarity", similarity, (len(names), len(names))), origin)
