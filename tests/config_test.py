@@ -20,7 +20,7 @@ def small(**changes):
 
 def test_everything_has_a_default():
     config = config_lib.resolve(small())
-    assert list(config) == list(config_lib.DEFAULTS)
+    assert set(config) == set(config_lib.DEFAULTS)
     assert config.optimizer.momentum == 0.9
     assert config.teacher is None
 

@@ -69,10 +69,10 @@ def test_a_wrong_edge_is_found(source, owner):
 
 
 def test_only_allowed_files_use_what_they_hide():
-    """Orbax stays behind the checkpoint file; nnx.jit and nnx.grad are not used at all."""
+    """Orbax stays behind the snapshot file; nnx.jit and nnx.grad are not used at all."""
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
-        if path.name != "checkpoint.py":
+        if path.name != "snapshot.py":
             assert "import orbax" not in text and "from orbax" not in text, path
         for name in ("nnx.jit", "nnx.grad", "nnx.value_and_grad", "nnx.Optimizer", "jax.pmap"):
             assert name not in text, (path, name)

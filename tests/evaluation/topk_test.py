@@ -52,6 +52,9 @@ def test_metrics_equal_numpy_whatever_the_padding(scores, batch):
         "agree": s == t,
     }.items():
         np.testing.assert_array_equal(got[name], np.bincount(labels[flags], minlength=7))
+    expected = np.zeros((7, 7), int)
+    np.add.at(expected, (labels, s), 1)
+    np.testing.assert_array_equal(got["confusion"], expected)
 
 
 def test_without_a_teacher(scores):

@@ -25,14 +25,14 @@ def test_every_quantity_has_its_place():
         "learning_rate": curve([1, 2]),
         "grad_norm": curve([1, "nan"]),
     }
-    evaluation = {"top1": curve([50, 60]), "loss": curve([2, 1]), "examples": curve([10, 10])}
-    groups = curves.groups({"train": train, "eval": evaluation, "holdout": {"top1": curve([1, 2])}}, 90.0)
+    evaluation = {"student_top1": curve([50, 60]), "loss": curve([2, 1]), "examples": curve([10, 10])}
+    groups = curves.groups({"train": train, "eval": evaluation, "holdout": {"student_top1": curve([1, 2])}}, 90.0)
     assert captions(groups) == {
         "Overview": ["total loss", "weight × term, all terms", "top-1 accuracy in evaluation, %"],
         "Loss terms": ["m/a", "m/a: its weight", "m/a: weight × term", "m/b", "m/b: its weight", "m/b: weight × term"],
         "Watched, not trained on": ["m/error"],
         "Optimisation": ["learning_rate", "grad_norm (1 point not finite, marked in red)"],
-        "Evaluation": ["loss", "holdout: top1"],
+        "Evaluation": ["loss", "holdout: student_top1"],
     }
     assert groups[-1].remark == "The same in every evaluation: examples 10."
     assert ">teacher<" in groups[0].figures[2].svg
@@ -44,7 +44,7 @@ def test_nothing_logged():
 
 
 def test_no_teacher_no_level():
-    (overview,) = curves.groups({"eval": {"top1": curve([50, 60])}}, None)
+    (overview,) = curves.groups({"eval": {"student_top1": curve([50, 60])}}, None)
     assert ">teacher<" not in overview.figures[0].svg
 
 

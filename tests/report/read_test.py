@@ -26,11 +26,11 @@ def test_curves_by_kind_with_non_finite_values(workdir):
         workdir,
         {"step": 1, "epoch": 0.5, "kind": "train", "total": 2, "note": "text", "flag": True, "list": [1]},
         {"step": 2, "epoch": 1.0, "kind": "train", "total": "nan"},
-        {"step": 2, "epoch": 1.0, "kind": "eval", "top1": 50.0},
+        {"step": 2, "epoch": 1.0, "kind": "eval", "student_top1": 50.0},
         {"step": 3, "epoch": 1.5, "kind": "train", "total": "-inf"},
     )
     run = read(workdir)
-    assert {kind: list(curves) for kind, curves in run.curves.items()} == {"train": ["total"], "eval": ["top1"]}
+    assert {kind: list(curves) for kind, curves in run.curves.items()} == {"train": ["total"], "eval": ["student_top1"]}
     np.testing.assert_array_equal(run.curves["train"]["total"].steps, [1, 2, 3])
     np.testing.assert_array_equal(run.curves["train"]["total"].values, [2.0, np.nan, -np.inf])
     assert (run.step, run.epoch, run.truncated) == (3, 1.5, False)
@@ -47,15 +47,15 @@ def test_a_resumed_run_replaces_what_it_repeats(workdir):
         workdir,
         {"step": 10, "kind": "train", "total": 1.0},
         {"step": 20, "kind": "train", "total": 2.0},
-        {"step": 20, "kind": "eval", "top1": 9.0},
+        {"step": 20, "kind": "eval", "student_top1": 9.0},
         {"step": 30, "kind": "train", "total": 3.0},
         {"step": 20, "kind": "train", "total": 2.5},  # resumed from a checkpoint of step 10
-        {"step": 20, "kind": "eval", "top1": 9.5},
+        {"step": 20, "kind": "eval", "student_top1": 9.5},
     )
     run = read(workdir)
     np.testing.assert_array_equal(run.curves["train"]["total"].steps, [10, 20])
     np.testing.assert_array_equal(run.curves["train"]["total"].values, [1.0, 2.5])
-    assert run.curves["eval"]["top1"].values == [9.5]
+    assert run.curves["eval"]["student_top1"].values == [9.5]
     assert run.step == 20
 
 

@@ -87,7 +87,7 @@ def records(steps=3):
             "wkd_l/marginal_error": 1e-3,
             "learning_rate": 0.1,
         }
-        evaluation = {"top1": 50.0 + step, "teacher_top1": 91.25, "agreement": 80.0 + step / 10, "examples": 40}
+        evaluation = {"student_top1": 50.0 + step, "teacher_top1": 91.25, "agreement": 80.0 + step / 10, "examples": 40}
         yield {"step": step, "epoch": step / 10, "kind": "eval", **evaluation}
 
 
@@ -124,7 +124,7 @@ def fill(directory, names=NAMES, *, lines=None, finished=True, teacher=True, rel
         "methods": ["wkd_l"],
         "student_top1": 76.5,
         "student_top5": 99.0,
-        "best_top1": 77.25,
+        "best": {"student_top1": 77.25, "step": 30},
         "teacher_top1": 91.25 if teacher else None,
         "agreement": 70.0 if teacher else None,
         "steps": 30,
@@ -221,7 +221,7 @@ def test_same_bytes_again_in_a_fresh_process_without_jax(finished):
     directory, source = finished
     code = "import sys; from wkd_jax import report; report.write(sys.argv[1]); assert 'jax' not in sys.modules"
     root = pathlib.Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     subprocess.run([sys.executable, "-c", code, str(directory)], check=True, env=environment)
     assert read(directory / "report.html") == source
 

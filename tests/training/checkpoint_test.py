@@ -3,6 +3,7 @@ import os
 import pathlib
 import random
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -16,12 +17,12 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from killed_run import advance, initial
 
 from wkd_jax.training import checkpoint, snapshot
 from wkd_jax.training.checkpoint import CheckpointError, Checkpoints
 from wkd_jax.types import TrainState
 
+KILLED_RUN = pathlib.Path(__file__).with_name("killed_run.py")
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
 
 
@@ -524,7 +525,7 @@ def test_a_save_that_cannot_start_is_an_error(tmp_path):
 
 
 def run_child(directory, steps):
-    command = [sys.executable, pathlib.Path(__file__).with_name("killed_run.py"), directory, str(steps)]
+    command = [sys.executable, KILLED_RUN, directory, str(steps)]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
 
 
@@ -533,6 +534,7 @@ def numbered(directory):
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path):
+    killed_run = runpy.run_path(str(KILLED_RUN))
     directory, rng, last, while_writing = tmp_path / "run", random.Random(0), 0, 0
     for moment in ("writing", "any", "any"):
         child = run_child(directory, 1_000_000)
@@ -559,11 +561,11 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path):
     child.communicate()
     assert child.returncode == 0
     with Checkpoints(directory, report=fail) as checkpoints:
-        state, record = checkpoints.restore_latest(abstract(initial()))
+        state, record = checkpoints.restore_latest(abstract(killed_run["initial"]()))
         assert checkpoints.steps() == [end - 1, end]
-    straight = initial()
+    straight = killed_run["initial"]()
     for _ in range(end):
-        straight = advance(straight)
+        straight = killed_run["advance"](straight)
     assert record == {"step": end}
     assert_same_bits(state, straight)
 

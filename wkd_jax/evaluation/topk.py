@@ -12,6 +12,9 @@ from wkd_jax import losses
 from wkd_jax.types import Array
 
 
+CONFUSION_CLASSES = 100  # beyond so many, [C, C] counts cost more than a reader gets from them
+
+
 def sums(logits: Array, teacher_logits: Array | None, labels: Array, valid: Array) -> dict[str, Array]:
     """Adds up one batch.
 
@@ -25,8 +28,9 @@ def sums(logits: Array, teacher_logits: Array | None, labels: Array, valid: Arra
       valid: [B] bool; False rows (padding) contribute nothing.
 
     Returns:
-      `examples`, `loss` (summed cross-entropy, float32), `top1`, `top5`, by class `count` and `student_correct` [C],
-      and with a teacher `teacher_top1`, `agreement` (same argmax), by class `teacher_correct`, `agree` [C]. int32.
+      int32 counts and a float32 sum: `examples`, `loss` (cross-entropy, summed), `top1`, `top5`; by class `count` and
+      `student_correct` [C]; up to 100 classes `confusion` [C, C] (true class, predicted class). With a teacher also
+      `teacher_top1`, `agreement` (same argmax) and by class `teacher_correct`, `agree` [C].
     """
     classes = logits.shape[-1]
     prediction = jnp.argmax(logits, axis=-1)
@@ -46,6 +50,9 @@ def sums(logits: Array, teacher_logits: Array | None, labels: Array, valid: Arra
         "count": by_class(valid),
         "student_correct": by_class(correct),
     }
+    if classes <= CONFUSION_CLASSES:
+        blank = jnp.zeros((classes, classes), jnp.int32)
+        result["confusion"] = blank.at[labels, prediction].add(valid.astype(jnp.int32))
     if teacher_logits is not None:
         teacher = jnp.argmax(teacher_logits, axis=-1)
         teacher_correct, agree = (teacher == labels) & valid, (teacher == prediction) & valid

@@ -34,8 +34,8 @@ def cka(features: Array, *, kernel: str = "linear", degree: int | None = None, b
     which the upper triangle is enough. Where it takes fewer operations, which is when D^2 is below about N, the linear
     kernel uses |X_i^T X_j|_F^2 with centred X instead, blocks of classes at a time.
 
-    Memory besides `features` on the device: about 0.2 GB and 64 kB a class; in the second form 0.6 GB, or twice
-    one class's features where that is more. Other kernels than linear also hold a few [N, N] matrices.
+    Memory besides `features` on the device: about 0.2 GB and 64 kB a class; in the second form 0.6 GB, or twice one
+    class's features where that is more. Other kernels than linear also hold a few [N, N] matrices.
 
     Args:
       features: [C, N, D], any float dtype; computed in float32.

@@ -49,7 +49,7 @@ def groups(curves: Mapping[str, Curves], teacher_top1: float | None) -> list[Gro
         overview.append(_figure("total loss", {"total": total}, scale="log"))
     if len(terms) > 1:
         overview.append(_figure("weight × term, all terms", {key: weighted[key] for key in terms}))
-    if top1 := evaluated.pop("top1", None):
+    if top1 := evaluated.pop("student_top1", None):
         level = None if teacher_top1 is None else ("teacher", teacher_top1)
         overview.append(_figure("top-1 accuracy in evaluation, %", {"student": top1}, level=level))
     rows = []

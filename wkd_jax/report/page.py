@@ -14,7 +14,7 @@ from wkd_jax.report.read import Run, number
 
 # Entries of result.json that have their place on the page; any other number gets a card of its own.
 _PLACED = {
-    "student_top1", "student_top5", "best_top1", "best_step", "teacher_top1", "agreement", "steps", "seconds",
+    "student_top1", "student_top5", "teacher_top1", "agreement", "loss", "examples", "steps", "seconds", "num_classes",
     "student_parameters", "teacher_parameters", "method_parameters",
 }  # fmt: skip
 
@@ -89,17 +89,15 @@ def _cards(run: Run) -> list[Card]:
     student, teacher, agreement = _result(run, "student_top1"), _teacher_top1(run), _result(run, "agreement")
     remarks = []
     evaluated = run.curves.get("eval", {})
-    if run.result is None and "top1" in evaluated:
-        student = float(evaluated["top1"].values[-1])
+    if run.result is None and "student_top1" in evaluated:
+        student = float(evaluated["student_top1"].values[-1])
         agreement = float(evaluated["agreement"].values[-1]) if "agreement" in evaluated else None
-        remarks.append(f"at step {evaluated['top1'].steps[-1]:,}")
+        remarks.append(f"at step {evaluated['student_top1'].steps[-1]:,}")
     if (top5 := _result(run, "student_top5")) is not None:
         remarks.append(f"top-5 {text.fixed(top5)}\u00a0%")
-    if (best := _result(run, "best_top1")) is not None:
-        best_step = _result(run, "best_step")
-        remarks.append(
-            f"best {text.fixed(best)}\u00a0%" + (f" at step {best_step:,.0f}" if best_step is not None else "")
-        )
+    best = (run.result or {}).get("best") or {}
+    if "student_top1" in best:
+        remarks.append(f"best {text.fixed(best['student_top1'])}\u00a0% at step {best['step']:,}")
     cards = []
     if student is not None:
         cards.append(Card("Student top-1", f"{text.fixed(student)}\u00a0%", " · ".join(remarks)))

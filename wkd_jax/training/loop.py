@@ -100,7 +100,7 @@ def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, bu
     state, evaluation, started = built.state, None, time.monotonic()
 
     with contextlib.ExitStack() as stack:
-        notes: list[str] = []
+        notes: list[str] = []  # until there is something to show them on
         checkpoints = stack.enter_context(
             Checkpoints(directory / workdir.CHECKPOINTS, keep=config["keep"], report=notes.append)
         )
@@ -113,11 +113,11 @@ def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, bu
         progress = stack.enter_context(
             Progress(clock.total_steps, description=config["name"], start_step=record["step"])
         )
-        for note in notes:
-            progress.note(note)
         watch = Watch(clock, writer, progress, log_every=config["log_every"], last_good=record["step"])
 
         for step in range(record["step"] + 1, clock.total_steps + 1):
+            while notes:
+                progress.note(notes.pop(0))
             batch = sharding.global_batch(next(inputs), built.mesh)
             state, metrics = train_step(state, built.frozen, batch)
             watch.add(step, metrics)
@@ -137,6 +137,7 @@ def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, bu
                 record |= {"step": step, "input": inputs.get_state(), "seconds": earlier + time.monotonic() - started}
                 checkpoints.save(step, state, record, metric=evaluation[metric] if evaluate else None)
                 watch.last_good = step
+        checkpoints.wait()  # a last write that failed is an error here, not a traceback on the way out
         if evaluation is None:  # Stopped after the last checkpoint and before the result: only this is left.
             evaluation = _evaluate(eval_step, state, config, data, built)
     return Outcome(evaluation, record["best"], earlier + time.monotonic() - started)

@@ -140,7 +140,7 @@ def duration(seconds: float) -> str:
 def _bar(stream: TextIO) -> bars.Progress:
     return bars.Progress(
         bars.TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-        bars.BarColumn(bar_width=20),
+        bars.BarColumn(bar_width=10),
         bars.MofNCompleteColumn(table_column=Column(no_wrap=True)),
         bars.TaskProgressColumn(table_column=Column(no_wrap=True)),
         # Takes what the others leave of the line.

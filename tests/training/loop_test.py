@@ -1,0 +1,42 @@
+"""What the loop does with metrics: the first step that is not finite is named, with its terms."""
+
+import jax.numpy as jnp
+import pytest
+
+from wkd_jax.training import metrics
+from wkd_jax.training.clock import Clock
+from wkd_jax.training.loop import TrainingError, Watch
+from wkd_jax.training.metrics import MetricWriter
+from wkd_jax.training.progress import Progress
+
+
+@pytest.fixture(name="watch")
+def _watch(tmp_path):
+    with MetricWriter(tmp_path, resume_step=0) as writer, Progress(10, description="x") as progress:
+        yield Watch(Clock(64, 32, 5), writer, progress, log_every=2, last_good=0)
+
+
+def values(kl=1.0, total=2.0):
+    return {"kd/kl": jnp.float32(kl), "kd/kl/weight": jnp.float32(1), "total": jnp.float32(total)}
+
+
+def test_every_second_step_is_logged(watch, tmp_path):
+    for step in range(1, 6):
+        watch.add(step, values(kl=step))
+    watch.check()
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["kd/kl"], line["epoch"]) for line in lines] == [(2, 2.0, 1.0), (4, 4.0, 2.0)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("last_good", [0, 2])
+def test_the_step_and_the_term_are_named(watch, tmp_path, bad, last_good):
+    watch.last_good = last_good
+    watch.add(1, values())
+    watch.add(2, values())
+    watch.add(3, values(kl=bad, total=bad))  # not a logged step
+    watch.add(4, values(total=bad))
+    with pytest.raises(TrainingError, match=rf"step 3: kd/kl is {bad} \(not finite: kd/kl, total\)") as error:
+        watch.check()
+    assert ("checkpoint of step 2 is kept" if last_good else "none was saved yet") in str(error.value)
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [2]
