@@ -21,7 +21,7 @@ import time
 import jax
 import numpy as np
 
-from wkd_jax.losses.similarity import cka
+from wkd_jax.losses import cka
 
 
 def measure(classes: int, samples: int, channels: int, pairs: int) -> dict[str, object]:

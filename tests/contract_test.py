@@ -36,7 +36,7 @@ def similarity() -> np.ndarray:
 
 
 def make(method: str, devices: int, **changes) -> build.Run:
-    """A run of resnet14 -> resnet8 with a method's default settings."""
+    """A run of resnet8x4 -> resnet8 with a method's default settings."""
     names = [] if method == "" else method.split("+")
     config = config_lib.resolve(
         {
@@ -51,9 +51,9 @@ def make(method: str, devices: int, **changes) -> build.Run:
             **changes,
         }
     )
-    module = build.model({"name": "resnet14"}, CLASSES, "float32", seed=7)
+    module = build.model({"name": "resnet8x4"}, CLASSES, "float32", seed=7)
     _, params, variables, _ = functional.split(module)
-    teacher = build.network({"name": "resnet14"}, CLASSES, "float32", {**params, **variables})
+    teacher = build.network({"name": "resnet8x4"}, CLASSES, "float32", {**params, **variables})
     return build.run(config, DATA, teacher, similarity, devices=jax.devices()[:devices])
 
 

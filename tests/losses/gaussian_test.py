@@ -103,6 +103,7 @@ def test_gradient_through_samples_at_singular_covariances(ranks):
     np.testing.assert_allclose(cov_term(S, T), factor_distance(A.astype(np.float64), B.astype(np.float64)), rtol=1e-5)
     grad_s, grad_t = gradients(S, T)
     grad_a, grad_b = 2 * grad_s @ A, 2 * grad_t @ B  # the chain rule
+    np.testing.assert_allclose([grad_s, grad_t], [grad_s.T, grad_t.T], atol=1e-5)
     np.testing.assert_allclose(grad_a, finite_differences(lambda x: factor_distance(x, B), A), atol=1e-4)
     np.testing.assert_allclose(grad_b, finite_differences(lambda x: factor_distance(A, x), B), atol=1e-4)
 

@@ -67,15 +67,12 @@ def count_samples(samples_per_class: int, labels: np.ndarray, class_names: Seque
     counts = np.bincount(labels, minlength=len(class_names))
     smallest = int(np.argmin(counts))
     available = int(counts[smallest])
-    if available < max(samples_per_class, 2):
+    needed = max(samples_per_class, 2)
+    if available < needed:
+        remedy = f"set it to at most {available}" if available >= 2 else "use more images, or set interrelation.file"
         raise ValueError(
             f"class {class_names[smallest]!r} (label {smallest}) has {available} training images, "
-            f"interrelation.samples_per_class={samples_per_class} needs {max(samples_per_class, 2)}: "
-            + (
-                f"set it to at most {available}"
-                if available >= 2
-                else "train on more images, or set interrelation.file"
-            )
+            f"interrelation.samples_per_class={samples_per_class} needs {needed}: {remedy}"
         )
     return samples_per_class or available
 
@@ -118,6 +115,8 @@ def collect(
       <BLANKLINE>
              [[0., 1.]]], dtype=float32)
     """
+    if num_classes < 1 or samples_per_class < 1:
+        raise ValueError(f"num_classes={num_classes}, samples_per_class={samples_per_class}: must be at least 1")
     counts = np.zeros(num_classes, np.int64)
     total = num_classes * samples_per_class
     out: np.ndarray | None = None
@@ -126,6 +125,11 @@ def collect(
         rows, labels, slots = _wanted(batch, counts, samples_per_class)
         if rows.size:
             running = apply(batch.image)  # returns before the device is done
+            if running.shape[0] != len(batch.label):
+                raise ValueError(
+                    f"apply returned features {running.shape} for a batch of {len(batch.label)} labels: on every "
+                    "process, both must be of the same examples"
+                )
             if pending:
                 out = _store(out, *pending, num_classes, samples_per_class)
             pending = running, rows, labels, slots
@@ -140,8 +144,6 @@ def collect(
             f"interrelation.samples_per_class asks for ({np.sum(counts < samples_per_class)} of {num_classes} classes "
             "have too few): lower it, or set it to 0 for the smallest class's count"
         )
-    if pending is None:
-        raise ValueError(f"num_classes={num_classes}, samples_per_class={samples_per_class}: must be at least 1")
     out = _store(out, *pending, num_classes, samples_per_class)
     return out.reshape(num_classes, -1, out.shape[-1])
 

@@ -115,9 +115,12 @@ def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, bu
         )
         watch = Watch(clock, writer, progress, log_every=config["log_every"], last_good=record["step"])
 
-        for step in range(record["step"] + 1, clock.total_steps + 1):
+        def show_notes() -> None:
             while notes:
                 progress.note(notes.pop(0))
+
+        show_notes()
+        for step in range(record["step"] + 1, clock.total_steps + 1):
             batch = sharding.global_batch(next(inputs), built.mesh)
             state, metrics = train_step(state, built.frozen, batch)
             watch.add(step, metrics)
@@ -137,6 +140,7 @@ def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, bu
                 record |= {"step": step, "input": inputs.get_state(), "seconds": earlier + time.monotonic() - started}
                 checkpoints.save(step, state, record, metric=evaluation[metric] if evaluate else None)
                 watch.last_good = step
+                show_notes()
         checkpoints.wait()  # a last write that failed is an error here, not a traceback on the way out
         if evaluation is None:  # Stopped after the last checkpoint and before the result: only this is left.
             evaluation = _evaluate(eval_step, state, config, data, built)

@@ -1,0 +1,145 @@
+"""The step's reduction, and the hard cases of the method contract: lenses, memories, constants, learned temperatures."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests import contract_test as contract
+from wkd_jax import losses, registry
+from wkd_jax.models.functional import Constant, Memory
+from wkd_jax.training.step import weigh
+from wkd_jax.types import Term
+
+
+def test_terms_are_averaged_over_what_counts():
+    valid = jnp.array([True, True, False])
+    terms = {
+        "label": {"ce": Term(jnp.array([1.0, 3.0, 100.0]), 0.5)},
+        "m": {
+            "rows": Term(jnp.arange(6.0).reshape(3, 2), 2.0),  # rows of valid examples: 0, 1, 2, 3
+            "masked": Term(jnp.array([5.0, 7.0, 9.0]), 1.0, jnp.array([False, True, True])),
+            "nothing": Term(jnp.array([5.0, 7.0, 9.0]), 1.0, jnp.zeros(3, bool)),
+            "whole": Term(jnp.float32(4.0), 0.25),
+            "logged": Term(jnp.array([jnp.nan, 1.0, 1.0]), None),
+        },
+    }
+    total, metrics = weigh(terms, valid)
+    assert float(total) == 0.5 * 2 + 2.0 * 1.5 + 8.0 + 0.0 + 1.0
+    assert float(metrics["m/rows"]) == 1.5 and float(metrics["m/rows/weight"]) == 2.0
+    assert np.isnan(metrics["m/logged"]) and "m/logged/weight" not in metrics
+
+
+def test_what_is_masked_cannot_spoil_the_gradient():
+    def total(x):
+        value = jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1.0)), jnp.nan)
+        return weigh({"m": {"t": Term(value, 1.0, x > 0)}}, jnp.ones(2, bool))[0]
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.array([2.0, -1.0])), [0.5, 0.0])
+
+
+def test_half_precision_terms_are_averaged_in_float32():
+    value = jnp.full(4096, 1.001, jnp.bfloat16)
+    total, _ = weigh({"m": {"t": Term(value)}}, jnp.ones(4096, bool))
+    assert total.dtype == jnp.float32
+    np.testing.assert_allclose(total, float(value[0]), rtol=1e-6)
+
+
+class Everything(nnx.Module):
+    """Uses the whole contract at once: what FCFD, CRD and CTKD need of it."""
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {"weight": 1.0}
+    NEEDS_TEACHER = True
+
+    def __init__(self, config, setup, *, rngs):
+        student, teacher = setup.student.taps["stage2"], setup.teacher.taps["stage2"]
+        self.bridge = nnx.Conv(student.channels, teacher.channels, (1, 1), rngs=rngs)  # FCFD
+        self.bank = Memory(jnp.zeros((len(setup.labels), setup.student.pooled)))  # CRD
+        self.first = Memory(jnp.zeros(()))
+        self.labels = Constant(jnp.asarray(setup.labels))
+        self.temperature = nnx.Param(jnp.float32(4.0))  # CTKD
+
+    def terms(self, context):
+        bridged = context.teacher_model().forward_from(
+            "stage2", self.bridge(context.student.taps["stage2"]), train=True
+        )
+        again = context.student_model()(context.batch.image, train=True)
+        step = context.progress.step
+        self.first[...] = jnp.where(step == 0, jnp.mean(context.student.pooled), self.first[...])
+        rows = jax.lax.stop_gradient(context.student.pooled)
+        self.bank[...] = self.bank[...].at[context.batch.index].set(rows)
+        # The gradient of the temperature is reversed by arithmetic.
+        temperature = -self.temperature[...] + jax.lax.stop_gradient(2 * self.temperature[...])
+        same = (self.labels[...][context.batch.index] == context.labels).astype(jnp.float32)
+        return {
+            "bridged": Term(losses.kd(bridged.logits, context.teacher.logits, temperature=1.0)),
+            "kd": Term(losses.kd(context.student.logits, context.teacher.logits, temperature=temperature)),
+            "again": Term(jnp.square(again.logits - context.student.logits).sum(-1), None),
+            "same": Term(same, None),
+            "noise": Term(jax.random.normal(context.key, (len(context.labels),)), None),
+        }
+
+
+@pytest.fixture(name="everything")
+def _everything(monkeypatch):
+    known = dict(registry.entries("methods"))
+    others = registry.entries
+    monkeypatch.setattr(
+        registry, "entries", lambda kind: {**known, "everything": Everything} if kind == "methods" else others(kind)
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_contract_carries_the_hard_cases(everything, devices):
+    sharded = [("methods/everything/bank$", ("data",))] if devices > 1 else []
+    built = contract.make("everything", devices, sharding=sharded)
+    start = {name: np.asarray(value) for name, value in {**built.state.params, **built.state.variables}.items()}
+    state, metrics, compilations = contract.steps(built, 2)
+    assert compilations == 1
+    first, second = metrics
+    # The lens saw the same batch with the same parameters, and its pass left no trace in the student's statistics.
+    assert first["everything/again"] < 1e-8
+    plain, _, _ = contract.steps(contract.make("none", devices), 1)
+    once, _, _ = contract.steps(contract.make("everything", devices, sharding=sharded), 1)
+    for name, value in plain.variables.items():
+        np.testing.assert_allclose(once.variables[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    # Memories: rows of both batches are filled, the constant of the first batch stays.
+    bank = np.asarray(state.variables["methods/everything/bank"])
+    assert np.all(np.any(bank[:17] != 0, axis=1)) and not bank[17:].any()
+    np.testing.assert_array_equal(
+        state.variables["methods/everything/first"], once.variables["methods/everything/first"]
+    )
+    if devices > 1:
+        shards = state.variables["methods/everything/bank"].addressable_shards
+        assert {shard.data.shape for shard in shards} == {(4, 64)}
+    assert first["everything/same"] == 1.0 and first["everything/noise"] != second["everything/noise"]
+    # Gradients reached the bridge through the teacher's later stages, and the temperature.
+    for name in ("methods/everything/bridge/kernel", "methods/everything/temperature"):
+        assert np.any(np.asarray(state.params[name]) != start[name]), name
+    assert not any("labels" in name for name in {**state.params, **state.variables})
+
+
+def test_the_learned_temperature_climbs(everything):
+    """Its gradient is reversed, so gradient descent on everything else raises the loss in this direction."""
+    built = contract.make("everything", 1)
+    batch = built.program.task.prepare(contract.batch(built), None)
+    progress = built.program.clock.progress(jnp.zeros((), jnp.int32))
+
+    def total(params):
+        return built.program.loss(params, built.state.variables, built.frozen, batch, progress, jax.random.key(0))[0]
+
+    name = "methods/everything/temperature"
+    gradient = jax.jit(jax.grad(total))(built.state.params)[name]
+    up = jax.jit(total)({**built.state.params, name: built.state.params[name] + 0.05})
+    down = jax.jit(total)({**built.state.params, name: built.state.params[name] - 0.05})
+    np.testing.assert_allclose(gradient, -(up - down) / 0.1, rtol=0.02)
+
+
+def test_randomness_is_a_function_of_seed_and_step(everything):
+    noise = [
+        contract.steps(contract.make("everything", 1, seed=seed), 1)[1][0]["everything/noise"] for seed in (0, 0, 1)
+    ]
+    assert noise[0] == noise[1] != noise[2]
