@@ -17,14 +17,17 @@ def _scores():
     return student, teacher, labels
 
 
+def padded(x, start, batch):
+    """Rows start..start+batch, filled up with threes."""
+    part = x[start : start + batch]
+    return jnp.asarray(np.concatenate([part, np.full((batch - len(part), *x.shape[1:]), 3, x.dtype)]))
+
+
 def padded_sums(student, teacher, labels, batch):
     total = {}
     for start in range(0, len(labels), batch):
-        part = slice(start, start + batch)
-        fill = batch - len(labels[part])
-        pad = lambda x: jnp.asarray(np.concatenate([x[part], np.full((fill, *x.shape[1:]), 3, x.dtype)]))  # noqa: E731
-        valid = jnp.arange(batch) < batch - fill
-        sums = topk.sums(pad(student), pad(teacher) if teacher is not None else None, pad(labels), valid)
+        arrays = [x if x is None else padded(x, start, batch) for x in (student, teacher, labels)]
+        sums = topk.sums(*arrays, jnp.arange(start, start + batch) < len(labels))
         for name, value in sums.items():
             total[name] = total.get(name, 0) + np.asarray(value, np.float64)
     return total

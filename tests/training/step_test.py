@@ -1,4 +1,4 @@
-"""The step's reduction, and the hard cases of the method contract: lenses, memories, constants, learned temperatures."""
+"""The step's reduction, and the hard cases of the contract: lenses, memories, constants, learned temperatures."""
 
 from typing import Any, ClassVar
 

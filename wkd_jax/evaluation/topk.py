@@ -11,7 +11,6 @@ import numpy as np
 from wkd_jax import losses
 from wkd_jax.types import Array
 
-
 CONFUSION_CLASSES = 100  # beyond so many, [C, C] counts cost more than a reader gets from them
 
 

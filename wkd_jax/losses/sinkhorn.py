@@ -406,14 +406,13 @@ def _transport(spec: _Spec, a: Array, b: Array, kernel: Array, weighted: Array, 
     return out
 
 
-def _transport_forward(spec: _Spec, *args: Array) -> tuple[tuple[Array, _Scaling], tuple[_Saved, Array]]:
-    out, saved = _RULES[spec.gradient][0](spec, *args)
-    return out, (saved, args[-1])
+def _transport_forward(spec: _Spec, *args: Array) -> _Forward:
+    return _RULES[spec.gradient][0](spec, *args)
 
 
-def _transport_backward(spec: _Spec, saved: tuple[_Saved, Array], bar: tuple[Array, _Scaling]) -> tuple[Array, ...]:
-    saved_by_rule, start = saved
-    return (*_RULES[spec.gradient][1](spec, saved_by_rule, bar[0][..., None]), jnp.zeros_like(start))
+def _transport_backward(spec: _Spec, saved: _Saved, bar: tuple[Array, _Scaling]) -> tuple[Array, ...]:
+    cotangents = _RULES[spec.gradient][1](spec, saved, bar[0][..., None])
+    return *cotangents, jnp.zeros_like(cotangents[0])  # the start, of a's shape, is a constant
 
 
 _transport.defvjp(_transport_forward, _transport_backward)
