@@ -99,7 +99,7 @@ def test_overrides_reach_every_depth():
         ("configs/digits_wkd.py:method=wkd_k", [], r"method=wkd_k: did you mean 'wkd_"),
         ("configs/digits_wkd.py:seed=x", [], r"'seed=x': needs seed=<int>"),
         ("configs/digits_wkd.py", ["epochs"], r"--config.epochs: write --config.epochs=VALUE"),
-        ("configs/digits_wkd.py", ["epochs.x=1"], r"epochs is 40, not a section"),
+        ("configs/digits_wkd.py", ["epochs.x=1"], r"epochs is 20, not a section"),
         ("configs/digits_wkd.py", ["epoch=1"], r"did you mean 'epochs'"),
     ],
 )

@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
         "kind": "cka",  # cka of class features, cosine of class means, or classifier: cosine of classifier rows
         "kernel": "linear",  # of cka: linear, polynomial or rbf
         "degree": 2,  # of the polynomial kernel
-        "bandwidth": 0.4,  # of the rbf kernel, in units of the median squared distance
+        "bandwidth": 0.4,  # of the rbf kernel: alpha in exp(-d^2 / (2 alpha^2 median d^2))
         "features": "logits",  # logits, pooled, or the name of a tap (all its positions)
         "samples_per_class": 0,  # 0: as many as the smallest class has
         "file": "",  # an interrelation made elsewhere, instead of computing one

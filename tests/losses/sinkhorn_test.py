@@ -145,27 +145,7 @@ def test_wrong_derivatives_would_be_seen(x64):
         return sinkhorn(a, b, cost, epsilon=0.05, num_iters=2, gradient="implicit").cost.sum()
 
     with pytest.raises(AssertionError):
-        check_grads(value, (cost,), order=1, modes=["rev"], eps=1e-5, atol=1e-6, rtol=1e-6)
-
-
-def test_unrolled_derivative_is_that_of_a_plain_loop():
-    a, b, cost = problem(rows=30, columns=30, batch=(4,))
-
-    def ours(a, b, cost):
-        return sinkhorn(a, b, cost, epsilon=0.05, num_iters=10, stabilizer=1e-8).cost.sum()
-
-    def loop(a, b, cost):
-        kernel, u = jnp.exp(-cost / 0.05), jnp.full_like(a, 1 / a.shape[-1])
-        for _ in range(10):
-            v = b / (u @ kernel + 1e-8)
-            u = a / (v @ kernel.T + 1e-8)
-        return (u * (v @ (kernel * cost).T)).sum()
-
-    arguments = [jnp.asarray(x, jnp.float32) for x in (a, b, cost)]
-    for ours_grad, loop_grad in zip(
-        *(jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*arguments) for f in (ours, loop)), strict=True
-    ):
-        np.testing.assert_allclose(ours_grad, loop_grad, rtol=1e-4, atol=1e-5 * np.abs(loop_grad).max())
+        check_grads(jax.jit(value), (cost,), order=1, modes=["rev"], eps=1e-5, atol=1e-6, rtol=1e-6)
 
 
 def test_converged_unrolled_and_implicit_derivatives_agree_in_float32():
@@ -214,7 +194,7 @@ def test_error_and_plan_carry_no_gradient(mode):
 # --- masks, batches, transformations
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["unrolled", "implicit"])
 def test_masked_equals_dropped(x64, mode):
     logits, b, cost = problem(rows=6, columns=6, batch=(2,))
     keep = np.array([True, False, True, True, False, True])

@@ -26,7 +26,7 @@ def test_curves_by_kind_with_non_finite_values(workdir):
         workdir,
         {"step": 1, "epoch": 0.5, "kind": "train", "total": 2, "note": "text", "flag": True, "list": [1]},
         {"step": 2, "epoch": 1.0, "kind": "train", "total": "nan"},
-        {"step": 2, "epoch": 1.0, "kind": "eval", "student_top1": 50.0},
+        {"step": 2, "epoch": 1.0, "kind": "eval", "time": 1.5e9, "student_top1": 50.0},
         {"step": 3, "epoch": 1.5, "kind": "train", "total": "-inf"},
     )
     run = read(workdir)

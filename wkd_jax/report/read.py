@@ -196,7 +196,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]
     points: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for record in records:
         for key, value in record.items():
-            if key in ("step", "epoch", "kind") or (y := number(value)) is None:
+            if key in ("step", "epoch", "kind", "time") or (y := number(value)) is None:
                 continue
             steps, values = points.setdefault(record["kind"], {}).setdefault(key, ([], []))
             steps.append(record["step"])

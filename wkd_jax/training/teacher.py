@@ -49,9 +49,10 @@ class Teacher:
             record = {"file": spec["file"]}
             interrelation.save(path, interrelation.Interrelation(found, data.class_names, record))
             return found
+        samples = 0  # a classifier's rows need none
         if spec["kind"] != "classifier":
             interrelation.check_name(spec["features"], info)
-        samples = interrelation.count_samples(spec["samples_per_class"], data.labels, data.class_names)
+            samples = interrelation.count_samples(spec["samples_per_class"], data.labels, data.class_names)
         record = interrelation.provenance(
             teacher=info.name,
             weights_hash=interrelation.hash_arrays(self.network.arrays),
