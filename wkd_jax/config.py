@@ -118,9 +118,9 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
       ValueError: Names the key and its value, and the nearest valid key or the valid range.
 
     Example:
-      >>> config = {"data": {"name": "digits"}, "student": {"name": "resnet8"}, "methods": {"kd": {"temperature": 2.0}}}
-      >>> resolve(config).methods.kd.weight
-      1.0
+      >>> config = resolve({"data": {"name": "digits"}, "student": {"name": "resnet8"}, "task": {"pad": 2}})
+      >>> config.task.pad, config.task.flip, config.optimizer.momentum
+      (2, False, 0.9)
     """
     return ml_collections.ConfigDict(_resolve(_plain(config), ""), type_safe=False).lock()
 

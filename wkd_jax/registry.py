@@ -64,7 +64,7 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
 
     Example:
       >>> unknown("tap", "stage5", ["stage3", "stage4"])
-      "unknown tap 'stage5': did you mean 'stage3'? Valid: stage3, stage4"
+      "unknown tap 'stage5': did you mean 'stage4'? Valid: stage3, stage4"
     """
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)

@@ -111,8 +111,31 @@ def test_stored_keys_are_refused():
             self.scale = nnx.Param(jnp.ones(2))
             self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
-    with pytest.raises(ValueError, match="variables of a kind that cannot be carried: dropout/rngs"):
+    with pytest.raises(ValueError, match="neither Param, BatchStat, Memory nor Constant: dropout/rngs/count, dropout/rngs/key"):
         functional.split(Noisy(nnx.Rngs(0)))
+
+
+def test_bare_arrays_and_shared_names_are_refused():
+    class Bare(nnx.Module):
+        def __init__(self):
+            self.table = jnp.ones(2)
+
+    with pytest.raises(ValueError, match="neither Param, BatchStat, Memory nor Constant: table"):
+        functional.split(Bare())
+
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.d = nnx.Dict({"a/b": nnx.Param(jnp.ones(2)), "a": nnx.Dict({"b": nnx.Param(jnp.zeros(2))})})
+
+    with pytest.raises(ValueError, match="two arrays are called 'd/a/b'"):
+        functional.split(Twice())
+
+
+def test_merge_names_what_does_not_fit():
+    structure, params, variables, constants = functional.split(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    params["other"] = params.pop("bias")
+    with pytest.raises(ValueError, match=r"missing \['bias'\], too many \['other'\]"):
+        structure.merge(params, variables, constants)
 
 
 def test_under():
