@@ -100,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: the same command continues from the last checkpoint\n")
+        return 130
     result = workdir.read_json(directory / workdir.RESULT)
     teacher = f"teacher {result['teacher_top1']:.2f} %, " if result["teacher_top1"] is not None else ""
     sys.stdout.write(f"{teacher}student {result['student_top1']:.2f} % top-1 after {result['steps']} steps\n")
