@@ -1,6 +1,6 @@
 """Time and memory of linear CKA between all classes, at the size of an ImageNet teacher (3 GB of features).
 
-    JAX_PLATFORMS=cpu python benchmarks/bench_interrelation.py [--classes 1000 --samples 732 --channels 1000]
+    JAX_PLATFORMS=cpu python -m benchmarks.bench_interrelation [--classes 1000 --samples 732 --channels 1000]
 
 Against the pair-by-pair loop of the authors' code, written in NumPy without its repeated self-products: a product
 [D, N] [N, D] for each pair of classes, timed on --pairs of them and extrapolated. `error_against_float64` is of ten

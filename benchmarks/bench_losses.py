@@ -1,6 +1,6 @@
 """Time and memory of the two WKD losses, value and gradient, against the forms one would write without this package.
 
-    JAX_PLATFORMS=cpu python benchmarks/bench_losses.py
+    JAX_PLATFORMS=cpu python -m benchmarks.bench_losses
 
 WKD-L, 10 iterations: against (plain) a batched loop of [B, C] x [C, C] products differentiated by JAX, and (direct) the
 form of the reference, in which every example has its own [C-1, C-1] cost without the target class. WKD-F: against plain

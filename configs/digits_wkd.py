@@ -27,6 +27,8 @@ METHODS = {
 def get_config(argument: str = "") -> ConfigDict:
     """The config; see the file's head for the arguments."""
     args = common.parse(argument, method="wkd_l+wkd_f", train_images=0, seed=0)
+    if args.train_images < 0:
+        raise ValueError(f"config argument train_images={args.train_images}: must be 0 or more")
     config = _base(epochs=round(20 * 1297 / (args.train_images or 1297)))
     config.name = f"digits_{args.method.replace('+', '_')}" + (f"_{args.train_images}" if args.train_images else "")
     config.seed = args.seed

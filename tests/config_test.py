@@ -57,6 +57,10 @@ def test_resolving_twice_changes_nothing():
         ({"optimizer": {"name": "adam"}}, r"optimizer.name='adam': must be sgd or adamw"),
         ({"optimizer": {"decay_rules": [("(", 0.0)]}}, r"'\(' is not a regular expression"),
         ({"optimizer": 3}, r"optimizer=3: needs a section"),
+        ({"methods": "kd"}, r"methods='kd': needs a section"),
+        ({"name": "../../x"}, r"name='../../x': must be letters"),
+        ({"optimizer": {"milestones": ("a",)}}, r"milestones=\('a',\): needs numbers"),
+        ({"optimizer": {"decay_rules": ("bias", 0.0)}}, r"decay_rules=\('bias', 0.0\): needs pairs"),
         ({"dtype": "float16"}, r"dtype='float16': must be float32 or bfloat16"),
     ],
 )

@@ -11,7 +11,7 @@ from wkd_jax import registry
 from wkd_jax.data.memory import MemoryDataSet, Split
 from wkd_jax.models import functional
 from wkd_jax.training import build, sharding
-from wkd_jax.types import Batch
+from wkd_jax.types import Batch, Normalisation
 
 CLASSES, BATCH = 5, 16
 METHODS = [*registry.entries("methods"), "wkd_l+wkd_f"]
@@ -43,7 +43,7 @@ def make(method: str, devices: int, **changes) -> build.Run:
             "data": {"name": "digits"},
             "student": {"name": "resnet8"},
             "teacher": {"run": "unused"},
-            "methods": {name: {"projector": "conv1x1"} if name == "wkd_f" else {} for name in names},
+            "methods": {name: {"projector": "conv1x1", "grid": 1} if name == "wkd_f" else {} for name in names},
             "global_batch_size": BATCH,
             "epochs": 10,
             "optimizer": {"learning_rate": 0.01},
@@ -53,7 +53,8 @@ def make(method: str, devices: int, **changes) -> build.Run:
     )
     module = build.model({"name": "resnet8x4"}, CLASSES, "float32", seed=7)
     _, params, variables, _ = functional.split(module)
-    teacher = build.network({"name": "resnet8x4"}, CLASSES, "float32", {**params, **variables})
+    normalisation = Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    teacher = build.network({"name": "resnet8x4"}, CLASSES, "float32", {**params, **variables}, normalisation)
     return build.run(config, DATA, teacher, similarity, devices=jax.devices()[:devices])
 
 
@@ -85,18 +86,22 @@ def test_eight_devices_equal_one(method):
         for name in left:
             # The second step already sees the first one's rounding, amplified by BatchNorm over 16 images.
             np.testing.assert_allclose(left[name], right[name], rtol=2e-3, atol=1e-6, err_msg=name)
-    for name, value in one.params.items():
-        np.testing.assert_allclose(value, eight.params[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    for name, start in make(method, 1).state.params.items():
+        # The updates, not the parameters: those hardly move in two steps.
+        moved = [np.asarray(state.params[name]) - np.asarray(start) for state in (one, eight)]
+        scale = np.abs(moved[0]).max()
+        assert scale > 0 or name.endswith("bias"), name
+        np.testing.assert_allclose(*moved, atol=5e-3 * scale + 1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_go_to_the_student_and_the_connectors_only(method):
     built = make(method, 1)
-    prepared = built.program.task.prepare(batch(built), None)
+    fixed = batch(built)
     progress, key = built.program.clock.progress(jnp.zeros((), jnp.int32)), jax.random.key(0)
 
     def total(params, frozen):
-        return built.program.loss(params, built.state.variables, frozen, prepared, progress, key)[0]
+        return built.program.loss(params, built.state.variables, frozen, fixed, progress, key)[0]
 
     value, (params, frozen) = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(built.state.params, built.frozen)
     assert np.isfinite(value)

@@ -53,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
         "milestones": (),  # step: the rate falls after each of these epochs
         "factor": 0.1,  # step: by this factor
         "end_learning_rate": 0.0,  # cosine: the rate it ends with
-        "warmup_epochs": 0,  # linear warm-up, in place of the schedule's first epochs
+        "warmup_epochs": 0.0,  # linear warm-up, in place of the schedule's first epochs
         "warmup_learning_rate": 0.0,  # the rate it starts from
     },
     "ema": 0.0,  # decay of the student's moving average; 0: off. Evaluation then uses the average.
@@ -68,6 +68,7 @@ DEFAULTS: dict[str, Any] = {
 _TEACHER = {"run": "", "train": None, "which": "latest"}  # which: latest or best checkpoint of the teacher's run
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda x: re.fullmatch(r"[\w.+-]*\w", x) is not None, "letters, digits and . + - _ alone"),
     "epochs": (lambda x: x > 0, "above 0"),
     "global_batch_size": (lambda x: x > 0, "above 0"),
     "seed": (lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
@@ -127,6 +128,9 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 def _resolve(given: dict[str, Any], path: str) -> dict[str, Any]:
     sections = {"data", "task", "student", "teacher", "methods"}
+    for key in sections & given.keys():
+        if given[key] is not None and not isinstance(given[key], Mapping):
+            raise ValueError(f"{path}{key}={given[key]!r}: needs a section, such as {path}{key}.name")
     merged = _merge({k: v for k, v in DEFAULTS.items() if k not in sections}, given, path, allow=sections)
     merged["data"] = _plugin("data", given.get("data"), f"{path}data")
     merged["student"] = _plugin("models", given.get("student"), f"{path}student", reserved=_MODEL_ARGUMENTS)
@@ -152,7 +156,9 @@ def _teacher(given: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
         return None
     merged = _merge(_TEACHER, given, path, allow={"train"})
     if bool(merged["run"]) == bool(given.get("train")):
-        raise ValueError(f"{path}run={merged['run']!r}: set exactly one of {path}run and {path}train")
+        raise ValueError(
+            f"{path}run={merged['run']!r}: set exactly one of {path}run and {path}train (None switches the other off)"
+        )
     merged["train"] = _resolve(given["train"], f"{path}train.") if given.get("train") else None
     return merged
 
@@ -181,7 +187,8 @@ def _merge(defaults: Mapping[str, Any], given: Mapping[str, Any], path: str, all
         raise ValueError(f"{path.rstrip('.')}={given!r}: needs a section with keys {', '.join(defaults)}")
     for key in given:
         if key not in defaults and key not in allow:
-            raise ValueError(f"config {path}{key}: {registry.unknown('key', key, [*defaults, *sorted(allow)])}")
+            known = [*defaults, *sorted(set(allow) - set(defaults))]
+            raise ValueError(f"config {path}{key}: {registry.unknown('key', key, known)}")
     merged = {}
     for key, default in defaults.items():
         if key not in given:
@@ -213,13 +220,18 @@ def _check_ranges(config: Mapping[str, Any], path: str) -> None:
             value = value[part] if value is not None else None
         if value is not None and not valid(value):
             raise ValueError(f"{path}{key}={value!r}: must be {text}")
-    for key in ("optimizer.decay_rules", "sharding"):
-        section, _, leaf = key.rpartition(".")
-        for pattern, _value in (config[section] if section else config)[leaf]:
+    rules = {"optimizer.decay_rules": config["optimizer"]["decay_rules"], "sharding": config["sharding"]}
+    for key, pairs in rules.items():
+        if any(not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str) for pair in pairs):
+            raise ValueError(f"{path}{key}={pairs!r}: needs pairs of a regular expression and its value")
+        for pattern, _ in pairs:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{path}{key}: {pattern!r} is not a regular expression: {error}") from error
+    milestones = config["optimizer"]["milestones"]
+    if any(isinstance(epoch, bool) or not isinstance(epoch, int | float) for epoch in milestones):
+        raise ValueError(f"{path}optimizer.milestones={milestones!r}: needs numbers of epochs")
 
 
 def _plain(value: Any) -> Any:

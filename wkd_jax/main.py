@@ -17,7 +17,7 @@ from typing import Any
 
 from wkd_jax import config as config_lib
 from wkd_jax import report
-from wkd_jax.training import loop, workdir
+from wkd_jax.training import build, loop, workdir
 
 
 def load_config(argument: str, overrides: Sequence[str] = ()) -> Mapping[str, Any]:
@@ -34,10 +34,7 @@ def load_config(argument: str, overrides: Sequence[str] = ()) -> Mapping[str, An
     path, _, arguments = argument.partition(":")
     if not pathlib.Path(path).is_file():
         raise ValueError(f"--config {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location("wkd_jax_config", path)
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    config = module.get_config(arguments).to_dict()
+    config = _get_config(pathlib.Path(path), arguments)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -48,12 +45,32 @@ def load_config(argument: str, overrides: Sequence[str] = ()) -> Mapping[str, An
             value = text
         *sections, leaf = key.split(".")
         node = config
+        if sections[:1] == ["methods"] and len(sections) > 1 and sections[1] not in config.get("methods", {}):
+            raise ValueError(f"--config.{override}: this run does not use {sections[1]}; choose it as a method first")
         for section in sections:
             if not isinstance(node.setdefault(section, {}), dict):
                 raise ValueError(f"--config.{override}: {section} is {node[section]!r}, not a section")
             node = node[section]
         node[leaf] = value
     return config_lib.resolve(config)
+
+
+def _get_config(path: pathlib.Path, arguments: str) -> dict[str, Any]:
+    """What the file's `get_config` returns, as plain dicts."""
+    # Config files import what they share from beside them.
+    sys.path.insert(0, str(path.absolute().parent.parent))
+    try:
+        spec = importlib.util.spec_from_file_location("wkd_jax_config", path)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except (ImportError, SyntaxError, NameError) as error:
+        raise ValueError(f"--config {path}: cannot be loaded: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config {path}: has no get_config(argument) that returns the config")
+    config = module.get_config(arguments)
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
 def execute(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: pathlib.Path | None) -> pathlib.Path:
@@ -93,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {next(item for item in rest if not item.startswith('--config.'))!r}")
     try:
         config = load_config(args.config, overrides)
+        build.check(config)
         directory = pathlib.Path(args.workdir) if args.workdir else config_lib.default_workdir(config)
         path = execute(config, directory, directory / "teacher" if args.workdir else None)
     except (ValueError, OSError, loop.TrainingError) as error:
@@ -104,8 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted: the same command continues from the last checkpoint\n")
         return 130
     result = workdir.read_json(directory / workdir.RESULT)
-    teacher = f"teacher {result['teacher_top1']:.2f} %, " if result["teacher_top1"] is not None else ""
-    sys.stdout.write(f"{teacher}student {result['student_top1']:.2f} % top-1 after {result['steps']} steps\n")
+    numbers = [f"{key} {result[key]:.2f}" for key in ("teacher_top1", *result["best"]) if result.get(key) is not None]
+    sys.stdout.write(f"{', '.join(numbers)} after {result['steps']} steps\n")
     sys.stdout.write(f"report: {path}\n")
     return 0
 

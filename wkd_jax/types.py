@@ -9,7 +9,7 @@ R regions of interest.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -25,7 +25,7 @@ class Batch:
     """One global batch.
 
     Attributes:
-      image: [B, H, W, 3], uint8 as loaded; float32, normalised, once the task has prepared it.
+      image: [B, H, W, 3], uint8 as loaded and augmented; float32, normalised, once made a network's input.
       label: [B] int32, or [B, C] float32 once labels were mixed.
       index: [B] int32, position of each example in its data set (memory banks address by it).
       valid: [B] bool, False for padding. Training batches are never padded.
@@ -66,6 +66,7 @@ class Tap:
     Attributes:
       channels: D.
       stride: Input pixels per position, along each side.
+      size: (height, width) in positions where it does not follow from the image's (pooled regions); else None.
       layout: "NHWC" maps [B, H, W, D], or "tokens" [B, N, D].
       signed: Whether values may be negative (taken before a ReLU).
       prefix_tokens: Leading tokens that are not patches (a class token).
@@ -73,6 +74,7 @@ class Tap:
 
     channels: int
     stride: int
+    size: tuple[int, int] | None = None
     layout: Literal["NHWC", "tokens"] = "NHWC"
     signed: bool = False
     prefix_tokens: int = 0
@@ -115,8 +117,12 @@ class Model(Protocol):
         `inputs` are the extra inputs that the task names (a detector's boxes); classifiers take none.
         """
 
-    def forward_from(self, tap: str, x: Array, *, train: bool, rngs: Any = None) -> Outputs:
-        """Continues from the feature named `tap`: what follows it in the network, on `x` of that tap's shape."""
+    def forward_from(self, tap: str, x: Any, *, train: bool, rngs: Any = None, **inputs: Any) -> Outputs:
+        """Continues from the feature named `tap`: what follows it in the network, on `x` of that tap's shape.
+
+        A network that joins several features (a pyramid) takes a dict of them, and the task's extra inputs if it needs
+        any.
+        """
 
 
 @jax.tree_util.register_dataclass
@@ -155,11 +161,25 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """How a network wants its images: (image / 255 - mean) / std, per channel.
+
+    Attributes:
+      mean: Three floats; 1 is the full range.
+      std: Likewise.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Context:
     """All that a task or a method may look at in one training step.
 
     Attributes:
-      batch: After augmentation.
+      batch: After augmentation, as the student is fed.
+      teacher_batch: The same examples as the teacher is fed; None in a run without one.
       labels: int32, of the leading shape of `student.logits` (per image, or per region).
       student: The student's outputs; gradients flow.
       teacher: The teacher's outputs, stopped; None in a run without a teacher.
@@ -172,6 +192,7 @@ class Context:
     """
 
     batch: Batch
+    teacher_batch: Batch | None
     labels: Array
     student: Outputs
     teacher: Outputs | None
@@ -190,6 +211,7 @@ class Setup:
       teacher: What the teacher publishes; None in a run without a teacher.
       image_size: (height, width) of the training images, pixels.
       global_batch_size: Examples a step, over all devices.
+      epochs: Of the whole run.
       labels: [num_examples] int32, training labels in data-set order (host memory), for class-aware memory banks.
       similarity: Call it to get the teacher's class similarity [C, C], float32 NumPy, as the run's `interrelation`
         config says. It is computed once, on the first call, and kept on disk.
@@ -199,6 +221,7 @@ class Setup:
     teacher: ModelInfo | None
     image_size: tuple[int, int]
     global_batch_size: int
+    epochs: int
     labels: np.ndarray
     similarity: Callable[[], np.ndarray]
 
@@ -231,7 +254,7 @@ class Method(Protocol):
 
 
 class Task(Protocol):
-    """What differs between classification and detection, and only that.
+    """What differs between classification and detection, and only that. Built from (its config, the data set).
 
     Attributes:
       DEFAULTS: Every key of the task's config with its default.
@@ -241,8 +264,15 @@ class Task(Protocol):
     DEFAULTS: Mapping[str, Any]
     METRIC: str
 
-    def prepare(self, batch: Batch, key: Array | None) -> Batch:
-        """Turns a loaded batch into a network's input on the device. `key` None: evaluation, no augmentation."""
+    @property
+    def num_classes(self) -> int:
+        """C, the width of the logits."""
+
+    def augment(self, batch: Batch, key: Array) -> Batch:
+        """Augments a loaded training batch on the device. What evaluation sees is not augmented."""
+
+    def normalise(self, batch: Batch, normalisation: Normalisation) -> Batch:
+        """Turns a batch into the input of a network."""
 
     def student_inputs(self, batch: Batch) -> dict[str, Any]:
         """Extra keyword inputs of the student's call in training (a detector's padded ground truth)."""
@@ -257,10 +287,10 @@ class Task(Protocol):
         """The hard-label losses."""
 
     def evaluate(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> dict[str, Array]:
-        """Sums over one padded batch, from which `summarise` makes metrics. Padding contributes nothing."""
+        """What one padded batch contributes to the metrics: sums, or padded detections. Padding contributes nothing."""
 
-    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Metrics of a whole data set from the added-up sums of its batches."""
+    def summarise(self, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+        """Metrics of a whole data set from what its batches contributed: numbers, and arrays by class."""
 
 
 @jax.tree_util.register_dataclass

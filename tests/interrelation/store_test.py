@@ -129,8 +129,11 @@ def test_load_file(path, tmp_path):
     np.testing.assert_allclose(load_file(distance, NAMES), SIMILARITY, rtol=1e-6)
     with pytest.raises(ValueError, match="has 3 classes, this run's data set 2"):
         load_file(distance, NAMES[:2])
+    (tmp_path / "distance.txt").write_text("0")
     with pytest.raises(ValueError, match=r"must end in \.npz .* or \.npy"):
         load_file(tmp_path / "distance.txt", NAMES)
+    with pytest.raises(FileNotFoundError, match=r"interrelation.file=.*nowhere.npy: there is no such file"):
+        load_file(tmp_path / "nowhere.npy", NAMES)
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,19 @@ def test_constant():
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"name": "cosin", "start": 0}, "did you mean 'cosine'"), ({"name": "cosine", "start": -1}, "start=-1")],
+    [
+        ({"name": "cosin", "start": 0}, "methods.m.schedule.name: .*did you mean 'cosine'"),
+        ({"name": "cosine", "start": -1}, "methods.m.schedule.start=-1"),
+        ({"name": "cosine", "start": 5}, "below the run's epochs, 5"),
+    ],
 )
 def test_bad_schedules(config, message):
     with pytest.raises(ValueError, match=message):
-        schedule.check(config)
+        schedule.check("m", 1.0, config, 5)
+
+
+def test_weights_that_cannot_be_meant():
+    with pytest.raises(ValueError, match="methods.m.weight=-1.0"):
+        schedule.check("m", -1.0, {"name": "constant", "start": 0}, 5)
+    with pytest.raises(ValueError, match="only one"):
+        schedule.check("m", 1.0, {"name": "cosine", "start": 0}, 1)

@@ -111,7 +111,9 @@ def test_stored_keys_are_refused():
             self.scale = nnx.Param(jnp.ones(2))
             self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
-    with pytest.raises(ValueError, match="neither Param, BatchStat, Memory nor Constant: dropout/rngs/count, dropout/rngs/key"):
+    with pytest.raises(
+        ValueError, match="neither Param, BatchStat, Memory nor Constant: dropout/rngs/count, dropout/rngs/key"
+    ):
         functional.split(Noisy(nnx.Rngs(0)))
 
 

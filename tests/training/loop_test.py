@@ -38,5 +38,5 @@ def test_the_step_and_the_term_are_named(watch, tmp_path, bad, last_good):
     watch.add(4, values(total=bad))
     with pytest.raises(TrainingError, match=rf"step 3: kd/kl is {bad} \(not finite: kd/kl, total\)") as error:
         watch.check()
-    assert ("checkpoint of step 2 is kept" if last_good else "none was saved yet") in str(error.value)
+    assert ("checkpoint of step 2 is kept" if last_good else "no checkpoint was saved") in str(error.value)
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [2]

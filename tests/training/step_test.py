@@ -60,7 +60,7 @@ class Everything(nnx.Module):
         self.bank = Memory(jnp.zeros((len(setup.labels), setup.student.pooled)))  # CRD
         self.first = Memory(jnp.zeros(()))
         self.labels = Constant(jnp.asarray(setup.labels))
-        self.temperature = nnx.Param(jnp.float32(4.0))  # CTKD
+        self.temperature = nnx.Param(4.0)  # CTKD
 
     def terms(self, context):
         bridged = context.teacher_model().forward_from(
@@ -125,7 +125,7 @@ def test_the_contract_carries_the_hard_cases(everything, devices):
 def test_the_learned_temperature_climbs(everything):
     """Its gradient is reversed, so gradient descent on everything else raises the loss in this direction."""
     built = contract.make("everything", 1)
-    batch = built.program.task.prepare(contract.batch(built), None)
+    batch = contract.batch(built)
     progress = built.program.clock.progress(jnp.zeros((), jnp.int32))
 
     def total(params):

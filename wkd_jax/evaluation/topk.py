@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,7 +36,8 @@ def sums(logits: Array, teacher_logits: Array | None, labels: Array, valid: Arra
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     earlier = jnp.arange(classes) < labels[:, None]
     rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=-1)
-    correct = (prediction == labels) & valid
+    rank = jnp.where(jnp.isfinite(own[:, 0]), rank, 1 << 30)  # nothing compares with NaN: it would rank first
+    correct = (rank < 1) & valid
 
     def by_class(flags: Array) -> Array:
         return jnp.zeros(classes, jnp.int32).at[labels].add(flags.astype(jnp.int32))
@@ -44,7 +45,7 @@ def sums(logits: Array, teacher_logits: Array | None, labels: Array, valid: Arra
     result = {
         "examples": jnp.sum(valid, dtype=jnp.int32),
         "loss": jnp.sum(jnp.where(valid, losses.cross_entropy(logits, labels), 0.0)),
-        "top1": jnp.sum((rank < 1) & valid, dtype=jnp.int32),
+        "top1": jnp.sum(correct, dtype=jnp.int32),
         "top5": jnp.sum((rank < 5) & valid, dtype=jnp.int32),
         "count": by_class(valid),
         "student_correct": by_class(correct),
@@ -64,13 +65,14 @@ def sums(logits: Array, teacher_logits: Array | None, labels: Array, valid: Arra
     return result
 
 
-def summarise(total: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Metrics of a data set from the added-up sums of its batches.
+def summarise(batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Metrics of a data set from the sums of its batches.
 
     Returns:
       `student_top1`, `student_top5`, `teacher_top1`, `agreement` (percent), `loss` (mean cross-entropy of the
       student), `examples`, and the arrays by class.
     """
+    total = {name: sum(np.asarray(batch[name], np.float64) for batch in batches) for name in batches[0]}
     examples = int(total["examples"])
     percent = {"student_top1": "top1", "student_top5": "top5", "teacher_top1": "teacher_top1", "agreement": "agreement"}
     metrics: dict[str, Any] = {

@@ -182,6 +182,8 @@ def load_file(path: pathlib.Path, class_names: Sequence[str]) -> np.ndarray:
       FileNotFoundError: If there is no such file.
       ValueError: If it is not of these classes, is damaged, or ends otherwise.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"interrelation.file={path}: there is no such file")
     if path.suffix == ".npz":
         interrelation = load(path)
         if interrelation.class_names != tuple(class_names):

@@ -22,10 +22,10 @@ class KD(nnx.Module):
     NEEDS_TEACHER = True
 
     def __init__(self, config: Any, setup: Setup, *, rngs: nnx.Rngs) -> None:
-        del setup, rngs
+        del rngs
         if config["temperature"] <= 0:
             raise ValueError(f"methods.kd.temperature={config['temperature']}: must be above 0")
-        schedule.check(config["schedule"])
+        schedule.check("kd", config["weight"], config["schedule"], setup.epochs)
         self.config = config
 
     def terms(self, context: Context) -> Terms:

@@ -16,12 +16,26 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def check(schedule: Mapping[str, Any]) -> None:
-    """Raises ValueError, when a method is built, for a schedule that does not exist."""
+def check(method: str, base: float, schedule: Mapping[str, Any], epochs: int) -> None:
+    """Refuses, when a method is built, a weight that is negative, or a schedule that does not exist or is 0 throughout.
+
+    Raises:
+      ValueError: Names the config's key.
+    """
+    if base < 0:
+        raise ValueError(f"methods.{method}.weight={base}: must be 0 or more; a negative weight drives the two apart")
     if schedule["name"] not in ("constant", "cosine"):
-        raise ValueError(registry.unknown("schedule", schedule["name"], ["constant", "cosine"]))
-    if schedule["start"] < 0:
-        raise ValueError(f"schedule.start={schedule['start']}: must be 0 or more")
+        known = registry.unknown("schedule", schedule["name"], ["constant", "cosine"])
+        raise ValueError(f"methods.{method}.schedule.name: {known}")
+    if not 0 <= schedule["start"] < max(epochs, 1):
+        raise ValueError(
+            f"methods.{method}.schedule.start={schedule['start']}: must be from 0 to below the run's epochs, {epochs}"
+        )
+    if schedule["name"] == "cosine" and epochs == 1:
+        raise ValueError(
+            f"methods.{method}.schedule.name='cosine' ends at 0 in the last epoch, and this run has only one: train "
+            "longer, or set it to 'constant'"
+        )
 
 
 def weight(base: float, schedule: Mapping[str, Any], progress: Progress) -> Array:

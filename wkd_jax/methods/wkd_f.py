@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from flax import nnx
@@ -34,7 +35,10 @@ class WKDFeature(nnx.Module):
     NEEDS_TEACHER = True
 
     def __init__(self, config: Any, setup: Setup, *, rngs: nnx.Rngs) -> None:
-        schedule.check(config["schedule"])
+        schedule.check("wkd_f", config["weight"], config["schedule"], setup.epochs)
+        for key in ("mean_cov_ratio", "ddof"):
+            if config[key] < 0:
+                raise ValueError(f"methods.wkd_f.{key}={config[key]}: must be 0 or more")
         if config["eps"] <= 0:
             raise ValueError(f"methods.wkd_f.eps={config['eps']}: must be above 0, or a dead channel has no gradient")
         self.config = config
@@ -55,6 +59,12 @@ class WKDFeature(nnx.Module):
                 f"methods.wkd_f.grid={config['grid']}: must be from 1 to {smallest}, the positions along a side of "
                 f"{self.student_tap} ({sizes[0]}) and {self.teacher_tap} ({sizes[1]}) at images of {setup.image_size}"
             )
+        positions = min(math.prod(-(-side // config["grid"]) for side in size) for size in sizes)
+        if positions <= config["ddof"]:
+            raise ValueError(
+                f"methods.wkd_f.grid={config['grid']}: leaves {positions} position(s) a cell, which have no variance "
+                f"(ddof={config['ddof']}); choose a coarser grid or an earlier tap"
+            )
 
     def terms(self, context: Context) -> Terms:
         """Terms `mean` and `covariance`."""
@@ -64,9 +74,14 @@ class WKDFeature(nnx.Module):
             student = student[:, self.prefix[0] :]
         if teacher.ndim == 3:
             teacher = teacher[:, self.prefix[1] :]
+        lead = student.shape[:-3] if student.ndim > 3 else student.shape[:1]  # [B], or [B, R] of pooled regions
+        student, teacher = (x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in (student, teacher))
         mean, covariance = losses.wkd_feature(self.projector(student, train=True), teacher, **self.gaussian)
+        mean, covariance = mean.reshape(lead), covariance.reshape(lead)
         weight = schedule.weight(config["weight"], config["schedule"], context.progress)
-        return {"mean": Term(mean, weight * config["mean_cov_ratio"]), "covariance": Term(covariance, weight)}
+        where = context.student.valid if len(lead) == 2 else None
+        ratio = config["mean_cov_ratio"]
+        return {"mean": Term(mean, weight * ratio, where), "covariance": Term(covariance, weight, where)}
 
 
 REGISTER = {"wkd_f": WKDFeature}

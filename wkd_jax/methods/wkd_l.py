@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from wkd_jax import losses
@@ -41,17 +42,25 @@ class WKDLogit(nnx.Module):
             raise ValueError(f"methods.wkd_l.sharpness={config['sharpness']}: must be 0 or more")
         if config["temperature"] <= 0:
             raise ValueError(f"methods.wkd_l.temperature={config['temperature']}: must be above 0")
-        schedule.check(config["schedule"])
+        schedule.check("wkd_l", config["weight"], config["schedule"], setup.epochs)
+        if config["target_weight"] < 0:
+            raise ValueError(f"methods.wkd_l.target_weight={config['target_weight']}: must be 0 or more")
         self.solver = {key: config[key] for key in ("temperature", "epsilon", "num_iters", "gradient", "stabilizer")}
         self.config = config
-        similarity, classes = setup.similarity(), setup.student.num_classes
+        classes = setup.student.num_classes
+        self._check_solver(classes)
+        similarity = setup.similarity()
         if similarity.shape != (classes, classes):
             raise ValueError(
                 f"methods.wkd_l: the class similarity is {similarity.shape}, the models have {classes} classes: "
                 "remove interrelation.file, or point it at one made for this data set"
             )
+        if classes > 1 and np.min(similarity) > 1 - 1e-6:
+            raise ValueError(
+                "methods.wkd_l: all classes are alike, so moving probability costs nothing: use more samples a class "
+                "(two always look alike to CKA) or another interrelation.kind"
+            )
         self.ground_cost = Constant(losses.ground_cost(jnp.asarray(similarity), sharpness=config["sharpness"]))
-        self._check_solver(classes)
 
     def _check_solver(self, classes: int) -> None:
         """Lets the loss itself refuse settings, now rather than in the first step."""

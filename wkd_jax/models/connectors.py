@@ -61,12 +61,14 @@ class Identity(nnx.Module):
 
 
 def spatial_size(tap: Tap, image_size: Size) -> Size:
-    """Positions (height, width) of a tap for images of a size, rounded up as convolutions with padding do.
+    """Positions (height, width) of a tap for images of a size: its own, or rounded up as padded convolutions do.
 
     Example:
       >>> spatial_size(Tap(channels=512, stride=32), (224, 200))
       (7, 7)
     """
+    if tap.size is not None:
+        return tap.size
     height, width = image_size
     return -(-height // tap.stride), -(-width // tap.stride)
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from wkd_jax.types import Params
@@ -91,7 +92,8 @@ def _flat_paths(state: Any) -> Iterable[tuple[Any, ...]]:
 
 
 def _flatten(state: Any) -> Params:
-    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    flat = {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    return {name: jnp.asarray(value) if isinstance(value, float | int) else value for name, value in flat.items()}
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ import numpy as np
 
 from wkd_jax import losses
 from wkd_jax.data import augment
+from wkd_jax.data.base import DataSet
 from wkd_jax.evaluation import topk
-from wkd_jax.types import Array, Batch, Context, Outputs, Term, Terms
+from wkd_jax.types import Array, Batch, Context, Normalisation, Outputs, Term, Terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +21,7 @@ class Classification:
     """One label an image."""
 
     config: Mapping[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    data: DataSet
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "label_weight": 1.0,  # of the cross-entropy with the labels
@@ -38,15 +38,25 @@ class Classification:
             raise ValueError(f"task.label_weight={config['label_weight']}: must be 0 or more")
         if not 0 <= config["label_smoothing"] < 1:
             raise ValueError(f"task.label_smoothing={config['label_smoothing']}: must be from 0 to below 1")
-        if config["pad"] < 0:
-            raise ValueError(f"task.pad={config['pad']}: must be 0 or more")
+        if not 0 <= config["pad"] < min(self.data.image_size):
+            raise ValueError(
+                f"task.pad={config['pad']}: must be from 0 to below the images' side, {min(self.data.image_size)}"
+            )
 
-    def prepare(self, batch: Batch, key: Array | None) -> Batch:
-        """Augments (with a key) and normalises uint8 images to float32."""
-        image = batch.image
-        if key is not None:
-            image = augment.augment(image, batch.index, key, pad=self.config["pad"], flip=self.config["flip"])
-        return dataclasses.replace(batch, image=augment.normalise(image, self.mean, self.std))
+    @property
+    def num_classes(self) -> int:
+        """One a class name of the data set."""
+        return len(self.data.class_names)
+
+    def augment(self, batch: Batch, key: Array) -> Batch:
+        """Random crop of the padded image and random flip, uint8."""
+        image = augment.augment(batch.image, batch.index, key, pad=self.config["pad"], flip=self.config["flip"])
+        return dataclasses.replace(batch, image=image)
+
+    def normalise(self, batch: Batch, normalisation: Normalisation) -> Batch:
+        """uint8 to normalised float32."""
+        image = augment.normalise(batch.image, normalisation.mean, normalisation.std)
+        return dataclasses.replace(batch, image=image)
 
     def student_inputs(self, batch: Batch) -> dict[str, Any]:
         """A classifier needs the image alone."""
@@ -74,9 +84,9 @@ class Classification:
         """Sums of one batch, see `evaluation.topk.sums`."""
         return topk.sums(student.logits, teacher.logits if teacher else None, batch.label, batch.valid)
 
-    def summarise(self, sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def summarise(self, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
         """Metrics of the data set, see `evaluation.topk.summarise`."""
-        return topk.summarise(sums)
+        return topk.summarise(batches)
 
 
 REGISTER = {"classification": Classification}

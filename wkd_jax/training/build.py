@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,23 +14,24 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from wkd_jax import registry
+from wkd_jax import interrelation, registry
 from wkd_jax.data.base import DataSet
 from wkd_jax.models import functional
 from wkd_jax.models.functional import Structure
 from wkd_jax.training import optimizer, sharding
 from wkd_jax.training.clock import Clock
-from wkd_jax.training.step import Frozen, Learner, Program
-from wkd_jax.types import ModelInfo, Params, Setup, TrainState
+from wkd_jax.training.step import Frozen, Learner, Program, named_key
+from wkd_jax.types import ModelInfo, Normalisation, Params, Setup, Task, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network that is only run: structure, arrays and what it publishes."""
+    """A network that is only run: structure, arrays, what it publishes, and how it wants its images."""
 
     structure: Structure
     arrays: Params
     info: ModelInfo
+    normalisation: Normalisation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,9 @@ def model(config: Mapping[str, Any], num_classes: int, dtype: str, seed: int) ->
     return factory(num_classes, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed), **arguments)
 
 
-def network(config: Mapping[str, Any], num_classes: int, dtype: str, arrays: Params) -> Network:
+def network(
+    config: Mapping[str, Any], num_classes: int, dtype: str, arrays: Params, normalisation: Normalisation
+) -> Network:
     """A trained network: the structure of `config`, the arrays of a checkpoint.
 
     Raises:
@@ -84,7 +88,40 @@ def network(config: Mapping[str, Any], num_classes: int, dtype: str, arrays: Par
         wrong = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
         first = "; ".join(f"{name}: {found.get(name)} instead of {wanted.get(name)}" for name in wrong[:3])
         raise ValueError(f"the arrays are not those of {config['name']} with {num_classes} classes: {first}")
-    return Network(structure, arrays, module.info)
+    return Network(structure, arrays, module.info, normalisation)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuses what cannot work in a config, its teacher's included, before anything is trained or compiled.
+
+    Everything is built, but abstractly: no parameter is computed.
+
+    Raises:
+      ValueError: As `run`.
+    """
+    data, teacher = data_set(config["data"]), None
+    if config["teacher"] and config["teacher"]["train"]:
+        earlier = config["teacher"]["train"]
+        check(earlier)
+        classes = task(earlier, data_set(earlier["data"])).num_classes
+        teacher = nnx.eval_shape(lambda: model(earlier["student"], classes, config["dtype"], 0)).info
+    elif config["teacher"]:
+        return  # an existing run: `run` meets it before anything is trained
+    sharding.check_batch(config["global_batch_size"], sharding.make_mesh(config["mesh"]))
+
+    def similarity() -> np.ndarray:
+        if file := config["interrelation"]["file"]:
+            return interrelation.load_file(pathlib.Path(file), data.class_names)
+        return 0.5 + 0.5 * np.eye(len(data.class_names), dtype=np.float32)  # in place of the one to be computed
+
+    learner = nnx.eval_shape(lambda: _learner(config, data, teacher, similarity))
+    _, params, _, _ = functional.split(learner)
+    optimizer.build(config["optimizer"], optimizer.learning_rate(config["optimizer"], _clock(config, data)), params)
+
+
+def task(config: Mapping[str, Any], data: DataSet) -> Task:
+    """The task of a config."""
+    return registry.get("tasks", config["task"]["name"])(config["task"], data)
 
 
 def run(
@@ -108,36 +145,17 @@ def run(
     """
     mesh = sharding.make_mesh(config["mesh"], devices)
     sharding.check_batch(config["global_batch_size"], mesh)
-    clock = Clock(len(data.labels), config["global_batch_size"], config["epochs"])
-    num_classes = len(data.class_names)
-    student = model(config["student"], num_classes, config["dtype"], config["seed"])
-    if teacher and teacher.info.num_classes != num_classes:
-        raise ValueError(
-            f"the teacher {teacher.info.name} has {teacher.info.num_classes} classes, the data set {data.name} has "
-            f"{num_classes}: choose a teacher trained on this data set"
-        )
-    setup = Setup(
-        student=student.info,
-        teacher=teacher.info if teacher else None,
-        image_size=data.image_size,
-        global_batch_size=config["global_batch_size"],
-        labels=data.labels,
-        similarity=functools.cache(similarity),
-    )
-    methods = {
-        name: registry.get("methods", name)(
-            settings, setup, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(config["seed"]), 1 + number))
-        )
-        for number, (name, settings) in enumerate(config["methods"].items())
-    }
-    structure, params, variables, constants = functional.split(Learner(student, methods))
-    task = registry.get("tasks", config["task"]["name"])(config["task"], data.mean, data.std)
+    clock = _clock(config, data)
+    learner = _learner(config, data, teacher.info if teacher else None, similarity)
+    structure, params, variables, constants = functional.split(learner)
     schedule = optimizer.learning_rate(config["optimizer"], clock)
     update = optimizer.build(config["optimizer"], schedule, params)
     program = Program(
         learner=structure,
         teacher=teacher.structure if teacher else None,
-        task=task,
+        student_input=Normalisation(data.mean, data.std),
+        teacher_input=teacher.normalisation if teacher else None,
+        task=task(config, data),
         optimizer=update,
         learning_rate=schedule,
         clock=clock,
@@ -152,17 +170,46 @@ def run(
         opt_state=update.init(params),
         ema={name: leaf.copy() for name, leaf in averaged.items()} if config["ema"] else {},
     )
-    state, frozen = jax.tree.map(
-        jax.device_put,
-        (state, Frozen(constants, teacher.arrays if teacher else {})),
-        sharding.place((state, Frozen(constants, teacher.arrays if teacher else {})), mesh, config["sharding"]),
-    )
+    arrays = (state, Frozen(constants, teacher.arrays if teacher else {}))
+    state, frozen = jax.tree.map(jax.device_put, arrays, sharding.place(arrays, mesh, config["sharding"]))
     parameters = {
         "student": _size(functional.under(params, "student")),
         "methods": _size(functional.under(params, "methods")),
         "teacher": _size(_trained(teacher)) if teacher else 0,
     }
-    return Run(program, state, frozen, mesh, num_classes, parameters)
+    return Run(program, state, frozen, mesh, program.task.num_classes, parameters)
+
+
+def _clock(config: Mapping[str, Any], data: DataSet) -> Clock:
+    return Clock(len(data.labels), config["global_batch_size"], config["epochs"])
+
+
+def _learner(
+    config: Mapping[str, Any], data: DataSet, teacher: ModelInfo | None, similarity: Callable[[], np.ndarray]
+) -> Learner:
+    """Student and methods, freshly initialised. What is drawn for one does not depend on the others."""
+    num_classes = task(config, data).num_classes
+    student = model(config["student"], num_classes, config["dtype"], config["seed"])
+    if teacher and teacher.num_classes != num_classes:
+        raise ValueError(
+            f"the teacher {teacher.name} has {teacher.num_classes} classes, the data set {data.name} has "
+            f"{num_classes}: choose a teacher trained on this data set"
+        )
+    setup = Setup(
+        student=student.info,
+        teacher=teacher,
+        image_size=data.image_size,
+        global_batch_size=config["global_batch_size"],
+        epochs=config["epochs"],
+        labels=data.labels,
+        similarity=functools.cache(similarity),
+    )
+    key = jax.random.key(config["seed"])
+    methods = {
+        name: registry.get("methods", name)(settings, setup, rngs=nnx.Rngs(named_key(key, f"methods/{name}")))
+        for name, settings in config["methods"].items()
+    }
+    return Learner(student, methods)
 
 
 def _trained(teacher: Network) -> Params:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from wkd_jax import interrelation
 from wkd_jax.data.base import DataSet
 from wkd_jax.training import build, sharding, workdir
 from wkd_jax.training import teacher as teacher_lib
@@ -58,30 +59,37 @@ def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: p
       What `result.json` holds.
 
     Raises:
-      ValueError: For anything in the config that cannot work, before compilation.
+      ValueError: For anything in the config that cannot work, before compilation; or if the directory holds, or the
+        teacher is, something else than when the run began.
       OSError: If the work directory cannot be written.
       TrainingError: If a loss term or the gradient is no longer finite.
     """
-    workdir.claim(directory, config)
-    if workdir.finished(directory):
-        return workdir.read_json(directory / workdir.RESULT)
-    data = build.data_set(config["data"])
-    teacher = None
-    if teacher_directory:
-        teacher = teacher_lib.load(config, teacher_directory)
-    built = build.run(
-        config, data, teacher.network if teacher else None, lambda: teacher.similarity(config, data, directory)
-    )
-    with jax.transfer_guard("disallow"):
-        outcome = _train(config, directory, data, built)
-    result = _result(config, built, teacher, outcome)
-    arrays = {name: value.tolist() for name, value in outcome.evaluation.items() if np.ndim(value)}
-    workdir.write_json(directory / workdir.EVALUATION, {"class_names": list(data.class_names), **arrays})
-    workdir.write_json(directory / workdir.RESULT, result)
-    return result
+    with workdir.claim(directory, config):
+        if workdir.finished(directory):
+            return workdir.read_json(directory / workdir.RESULT)
+        data, teacher = build.data_set(config["data"]), None
+        if teacher_directory:
+            teacher = teacher_lib.load(config, teacher_directory, data)
+        built = build.run(
+            config, data, teacher.network if teacher else None, lambda: teacher.similarity(config, data, directory)
+        )
+        identity = {
+            "data": data.fingerprint,
+            "teacher": teacher.fingerprint if teacher else None,
+            "constants": interrelation.hash_arrays(built.frozen.constants),
+        }
+        with jax.transfer_guard("disallow"):
+            outcome = _train(config, directory, data, built, identity)
+        arrays = {name: value.tolist() for name, value in outcome.evaluation.items() if np.ndim(value)}
+        workdir.write_json(directory / workdir.EVALUATION, {"class_names": list(data.class_names), **arrays})
+        result = _result(config, data, built, teacher, outcome) | {"identity": identity}
+        workdir.write_json(directory / workdir.RESULT, result)
+        return result
 
 
-def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, built: build.Run) -> Outcome:
+def _train(
+    config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, built: build.Run, identity: Mapping[str, Any]
+) -> Outcome:
     program, clock = built.program, built.program.clock
     replicated = NamedSharding(built.mesh, PartitionSpec())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
@@ -96,7 +104,7 @@ def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, bu
     eval_steps = {clock.steps(epoch) for epoch in range(config["eval_every"], config["epochs"], config["eval_every"])}
     eval_steps.add(clock.total_steps)
     metric = program.task.METRIC
-    record: dict[str, Any] = {"step": 0, "best": {}, "seconds": 0.0}
+    record: dict[str, Any] = {"step": 0, "best": {}, "seconds": 0.0, "identity": identity}
     state, evaluation, started = built.state, None, time.monotonic()
 
     with contextlib.ExitStack() as stack:
@@ -106,6 +114,7 @@ def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, bu
         )
         if restored := checkpoints.restore_latest(built.abstract_state):
             state, record = restored
+            _same_run(record["identity"], identity, directory)
             inputs.set_state(record["input"])
             notes.append(f"continuing from step {record['step']}")
         earlier = record["seconds"]
@@ -131,6 +140,7 @@ def _train(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, bu
             if evaluate:
                 evaluation = _evaluate(eval_step, state, config, data, built)
                 scalars = _scalars(evaluation)
+                watch.finite(step, {f"evaluation {name}": value for name, value in scalars.items()})
                 writer.write(step, "eval", {"epoch": clock.epochs_done(step), **scalars})
                 progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
                 if not record["best"] or evaluation[metric] > record["best"][metric]:
@@ -172,15 +182,28 @@ class Watch:
         pending, self.pending = jax.device_get(self.pending), []
         for step, values in pending:
             values = {name: float(value) for name, value in values.items()}
-            if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-                kept = f"the checkpoint of step {self.last_good} is kept" if self.last_good else "none was saved yet"
-                raise TrainingError(
-                    f"step {step}: {bad[0]} is {values[bad[0]]} (not finite: {', '.join(bad)}); {kept}. Lower "
-                    "optimizer.learning_rate or the term's weight, or set optimizer.clip_norm"
-                )
+            self.finite(step, values)
             if step % self.log_every == 0:
                 self.writer.write(step, "train", {"epoch": self.clock.epochs_done(step), **values})
         self.progress.update(step, {name: value for name, value in values.items() if not name.endswith("/weight")})
+
+    def finite(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises TrainingError if any value is not finite; names the step and all such values."""
+        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+            kept = f"the checkpoint of step {self.last_good} is kept" if self.last_good else "no checkpoint was saved"
+            raise TrainingError(
+                f"step {step}: {bad[0]} is {values[bad[0]]} (not finite: {', '.join(bad)}); {kept}. In a new work "
+                "directory, lower optimizer.learning_rate or the term's weight, or set optimizer.clip_norm"
+            )
+
+
+def _same_run(saved: Mapping[str, Any], now: Mapping[str, Any], directory: pathlib.Path) -> None:
+    """Refuses to go on with another teacher, other data or another ground cost than the run began with."""
+    if changed := [name for name in now if saved[name] != now[name]]:
+        raise ValueError(
+            f"{directory}: the {' and the '.join(changed)} of this run changed since its last checkpoint: restore what "
+            "it began with, or start anew in another --workdir"
+        )
 
 
 def _evaluate(
@@ -193,9 +216,8 @@ def _evaluate(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    sums = [eval_step(state, built.frozen, sharding.global_batch(batch, built.mesh)) for batch in batches]
-    total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *jax.device_get(sums))
-    return built.program.task.summarise(total)
+    parts = [eval_step(state, built.frozen, sharding.global_batch(batch, built.mesh)) for batch in batches]
+    return built.program.task.summarise(jax.device_get(parts))
 
 
 def _scalars(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -203,7 +225,11 @@ def _scalars(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _result(
-    config: Mapping[str, Any], built: build.Run, teacher: teacher_lib.Teacher | None, outcome: Outcome
+    config: Mapping[str, Any],
+    data: DataSet,
+    built: build.Run,
+    teacher: teacher_lib.Teacher | None,
+    outcome: Outcome,
 ) -> dict[str, Any]:
     return {
         "name": config["name"],
@@ -213,6 +239,9 @@ def _result(
         "teacher_top1": None,  # of a run without a teacher; the evaluation of one with a teacher has it
         **_scalars(outcome.evaluation),
         "best": outcome.best,
+        "image_size": data.image_size,
+        "mean": data.mean,
+        "std": data.std,
         "num_classes": built.num_classes,
         "steps": built.program.clock.total_steps,
         "seconds": round(outcome.seconds, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 from wkd_jax.models import functional
 from wkd_jax.models.functional import Structure
 from wkd_jax.training.clock import Clock
-from wkd_jax.types import Array, Batch, Context, Outputs, Params, Progress, Task, Terms, TrainState
+from wkd_jax.types import Array, Batch, Context, Normalisation, Outputs, Params, Progress, Task, Terms, TrainState
 
 Metrics = dict[str, Array]
 
@@ -49,6 +50,8 @@ class Program:
 
     learner: Structure
     teacher: Structure | None
+    student_input: Normalisation
+    teacher_input: Normalisation | None
     task: Task
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[Array], Array]
@@ -59,50 +62,51 @@ class Program:
     def loss(
         self, params: Params, variables: Params, frozen: Frozen, batch: Batch, progress: Progress, key: Array
     ) -> tuple[Array, tuple[Metrics, Params]]:
-        """Total loss of one prepared batch.
+        """Total loss of one augmented batch.
 
         Returns:
           (total, (metrics, variables)): a float32 scalar; every term and weight by name; the carried state after the
           student's forward pass and the methods.
         """
         learner = self.learner.merge(params, variables, frozen.constants)
-        names = ["student", *learner.methods]
-        keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+        images, batch = batch, self.task.normalise(batch, self.student_input)
         student = learner.student(
-            batch.image, train=True, rngs=nnx.Rngs(keys["student"]), **self.task.student_inputs(batch)
+            batch.image, train=True, rngs=nnx.Rngs(named_key(key, "student")), **self.task.student_inputs(batch)
         )
-        teacher = self.run_teacher(frozen, batch, student)
+        teacher_batch, teacher = self.run_teacher(frozen, images, student)
         context = Context(
             batch=batch,
+            teacher_batch=teacher_batch,
             labels=self.task.labels(batch, student),
             student=student,
             teacher=teacher,
             student_model=lambda: self.learner.merge(params, variables, frozen.constants).student,
             teacher_model=self.teacher and (lambda: self.teacher.merge(jax.lax.stop_gradient(frozen.teacher))),
             progress=progress,
-            key=key,
+            key=named_key(key, "label"),
         )
         terms = {"label": self.task.terms(context)}
         for name, method in learner.methods.items():
-            terms[name] = method.terms(dataclasses.replace(context, key=keys[name]))
+            terms[name] = method.terms(dataclasses.replace(context, key=named_key(key, f"methods/{name}")))
         total, metrics = weigh(terms, batch.valid)
         return total, (metrics, functional.variables(learner))
 
-    def run_teacher(self, frozen: Frozen, batch: Batch, student: Outputs) -> Outputs | None:
-        """The teacher's outputs: evaluation mode, gradients stopped."""
+    def run_teacher(self, frozen: Frozen, images: Batch, student: Outputs) -> tuple[Batch | None, Outputs | None]:
+        """The teacher's input, normalised its own way, and its outputs: evaluation mode, gradients stopped."""
         if self.teacher is None:
-            return None
-        teacher = self.teacher.merge(frozen.teacher)
+            return None, None
+        batch = self.task.normalise(images, self.teacher_input)
         inputs = self.task.teacher_inputs(batch, jax.lax.stop_gradient(student))
-        return jax.lax.stop_gradient(teacher(batch.image, train=False, **inputs))
+        outputs = self.teacher.merge(frozen.teacher)(batch.image, train=False, **inputs)
+        return batch, jax.lax.stop_gradient(outputs)
 
     def train_step(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update. Randomness is a function of (seed, step), so a resumed run repeats it."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        augment_key, loss_key = jax.random.split(key)
+        batch = self.task.augment(batch, named_key(key, "augment"))
         progress = self.clock.progress(state.step)
         (total, (metrics, variables)), gradients = jax.value_and_grad(self.loss, has_aux=True)(
-            state.params, state.variables, frozen, self.task.prepare(batch, augment_key), progress, loss_key
+            state.params, state.variables, frozen, batch, progress, key
         )
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -115,11 +119,15 @@ class Program:
         return TrainState(state.step + 1, params, variables, opt_state, ema), metrics
 
     def eval_step(self, state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
-        """Sums over one padded batch. Uses the moving average of the student where there is one."""
+        """What one padded batch contributes. Uses the moving average of the student where there is one."""
         learner = self.learner.merge({**state.params, **state.variables, **state.ema}, frozen.constants)
-        batch = self.task.prepare(batch, None)
-        student = learner.student(batch.image, train=False)
-        return self.task.evaluate(batch, student, self.run_teacher(frozen, batch, student))
+        student = learner.student(self.task.normalise(batch, self.student_input).image, train=False)
+        return self.task.evaluate(batch, student, self.run_teacher(frozen, batch, student)[1])
+
+
+def named_key(key: Array, name: str) -> Array:
+    """A key for one use. By name, so that a method's randomness does not depend on what runs beside it."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def weigh(terms: dict[str, Terms], valid: Array) -> tuple[Array, Metrics]:

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wkd_jax import interrelation, registry
+from wkd_jax import config as config_lib
+from wkd_jax import interrelation
 from wkd_jax.data.base import DataSet
 from wkd_jax.models import functional
 from wkd_jax.training import build, checkpoint, sharding, workdir
 from wkd_jax.training.build import Network
 from wkd_jax.training.progress import Progress
-from wkd_jax.types import Batch
+from wkd_jax.types import Batch, Normalisation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,40 +28,46 @@ class Teacher:
 
     Attributes:
       network: Structure and arrays.
-      source: Where it was read from, for messages.
+      config: Of the run that made it.
+      fingerprint: Of its arrays.
     """
 
     network: Network
-    source: str
+    config: Mapping[str, Any]
+    fingerprint: str
 
     def similarity(self, config: Mapping[str, Any], data: DataSet, directory: pathlib.Path) -> np.ndarray:
         """The class similarity [C, C] that the config's `interrelation` section asks for.
 
         Read from a file if the config names one; else found in the run's directory; else computed, one pass over the
-        training images without augmentation, and kept there.
+        images the teacher was trained on, without augmentation, and kept there.
 
         Raises:
           ValueError: If a file does not fit this run, or the section asks for what the teacher does not have.
         """
         spec, info = interrelation.check(config["interrelation"]), self.network.info
         path = directory / workdir.INTERRELATION
-        if spec["file"]:
-            found = interrelation.load_file(pathlib.Path(spec["file"]), data.class_names)
-            record = {"file": spec["file"]}
-            interrelation.save(path, interrelation.Interrelation(found, data.class_names, record))
-            return found
+        if self.config["data"] != config["data"]:  # a student on fewer images takes nothing from the classes' relations
+            data = build.data_set(self.config["data"])
         samples = 0  # a classifier's rows need none
-        if spec["kind"] != "classifier":
+        if spec["kind"] != "classifier" and not spec["file"]:
             interrelation.check_name(spec["features"], info)
             samples = interrelation.count_samples(spec["samples_per_class"], data.labels, data.class_names)
         record = interrelation.provenance(
             teacher=info.name,
-            weights_hash=interrelation.hash_arrays(self.network.arrays),
+            weights_hash=self.fingerprint,
             data=data.name,
             data_fingerprint=data.fingerprint,
             num_classes=info.num_classes,
             spec=interrelation.relevant(spec, samples),
         )
+        if spec["file"]:
+            file = pathlib.Path(spec["file"])
+            found = interrelation.load_file(file, data.class_names)
+            if file.suffix == ".npz":  # one of ours says what made it, and that must be this teacher
+                interrelation.load(file, {**record, "spec": interrelation.load(file).provenance.get("spec")})
+            interrelation.save(path, interrelation.Interrelation(found, data.class_names, {"file": spec["file"]}))
+            return found
         if path.exists():
             return interrelation.load(path, record).similarity
         if spec["kind"] == "classifier":
@@ -74,12 +81,13 @@ class Teacher:
         """Class features [C, N, D] of the training images, on all devices."""
         mesh = sharding.make_mesh(config["mesh"])
         replicated = NamedSharding(mesh, PartitionSpec())
-        task = registry.get("tasks", config["task"]["name"])(config["task"], data.mean, data.std)
+        task = build.task(config, data)
         arrays = jax.device_put(self.network.arrays, replicated)
 
         def forward(arrays: Any, image: jax.Array) -> jax.Array:
             rows = jnp.zeros(len(image), jnp.int32)
-            batch = task.prepare(Batch(image=image, label=rows, index=rows, valid=rows == 0), None)
+            batch = Batch(image=image, label=rows, index=rows, valid=rows == 0)
+            batch = task.normalise(batch, self.network.normalisation)
             outputs = self.network.structure.merge(arrays)(batch.image, train=False)
             return interrelation.select(outputs, config["interrelation"]["features"], self.network.info)
 
@@ -95,22 +103,35 @@ class Teacher:
             )
 
 
-def load(config: Mapping[str, Any], directory: pathlib.Path) -> Teacher:
+def load(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet) -> Teacher:
     """The student of an earlier run, as a teacher.
 
     Args:
       config: Resolved, of the run that wants the teacher.
       directory: The earlier run's work directory.
+      data: Of the run that wants the teacher.
 
     Raises:
-      ValueError: If the directory holds no run, or an unfinished one.
+      ValueError: If the directory holds no run, an unfinished one, one on images of another size, or its checkpoint
+        is damaged.
     """
     if not (directory / workdir.CONFIG).exists():
         raise ValueError(f"teacher: {directory} holds no run (no {workdir.CONFIG}): train one there first")
     if not workdir.finished(directory):
         raise ValueError(f"teacher: the run in {directory} is not finished: run its config again to go on with it")
     earlier = workdir.read_json(directory / workdir.RESULT)
-    tree, _ = checkpoint.read(directory / workdir.CHECKPOINTS, which=config["teacher"]["which"])
+    try:
+        tree, _ = checkpoint.read(directory / workdir.CHECKPOINTS, which=config["teacher"]["which"])
+    except checkpoint.CheckpointError as error:
+        raise ValueError(
+            f"teacher: {error}. To repeat the end of its training, remove the damaged folder and "
+            f"{directory / workdir.RESULT}, and run again"
+        ) from error
     arrays = functional.under({**tree["params"], **tree["variables"], **tree["ema"]}, "student")
-    network = build.network(earlier["config"]["student"], earlier["num_classes"], config["dtype"], arrays)
-    return Teacher(network, str(directory))
+    size = tuple(earlier["image_size"])
+    if size != data.image_size:
+        raise ValueError(f"teacher: {directory} was trained on images of {size}, the data set has {data.image_size}")
+    normalisation = Normalisation(tuple(earlier["mean"]), tuple(earlier["std"]))
+    made_by = config_lib.resolve(earlier["config"])
+    network = build.network(made_by["student"], earlier["num_classes"], config["dtype"], arrays, normalisation)
+    return Teacher(network, made_by, interrelation.hash_arrays(arrays))

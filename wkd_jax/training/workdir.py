@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import jax
 
 from wkd_jax import config as config_lib
 
 CONFIG, RESULT, EVALUATION, INTERRELATION = "config.json", "result.json", "evaluation.json", "interrelation.npz"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 
-def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Makes the directory this run's own.
+@contextlib.contextmanager
+def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Makes the directory this run's own, for as long as the context lasts.
+
+    A directory without a checkpoint holds nothing that another config could spoil, and is taken over.
 
     Raises:
-      ValueError: If it already holds the run of another config; names the keys that differ.
-      OSError: If it cannot be written; names the directory.
+      ValueError: If it holds the run of another config, or another process is at work in it.
+      OSError: If it cannot be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
+        lock = (workdir / LOCK).open("a")
     except OSError as error:
         raise OSError(
             f"the work directory {workdir} cannot be written: {error.strerror}. Choose another with --workdir"
         ) from error
-    if (workdir / CONFIG).exists():
-        changed = config_lib.differences(read_json(workdir / CONFIG), config)
-        if changed:
+    with lock:
+        try:
+            if jax.process_index() == 0:  # freed by the system however the process ends
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise ValueError(
-                f"{workdir} holds a run of another config ({'; '.join(changed[:5])}): choose another --workdir, or "
-                "leave it out and one is derived from the config"
-            )
-    else:
-        write_atomically(workdir / CONFIG, config_lib.to_json(config))
+                f"another process is at work in {workdir}: wait for it, or choose another --workdir"
+            ) from error
+        if (workdir / CONFIG).exists() and any((workdir / CHECKPOINTS).glob("[0-9]*")):
+            changed = config_lib.differences(read_json(workdir / CONFIG), config)
+            if changed:
+                lines = [line if len(line) < 200 else line[:200] + "..." for line in changed[:5]]
+                raise ValueError(
+                    f"{workdir} holds a run of another config ({'; '.join(lines)}): choose another --workdir, or "
+                    "leave it out and one is derived from the config"
+                )
+        else:
+            write_atomically(workdir / CONFIG, config_lib.to_json(config))
+        yield
 
 
 def finished(workdir: pathlib.Path) -> bool:
@@ -60,7 +75,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the whole new one."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
