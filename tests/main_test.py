@@ -268,7 +268,7 @@ def test_a_teacher_directory_without_a_run(home, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(home, tmp_path):
     done = call(home, ":", "--workdir", str(tmp_path / "run"), "--config.optimizer.learning_rate=1e30")
     assert done.returncode == 1
-    assert re.search(r"error: step \d+: \S+ is (nan|inf) \(not finite: .*none was saved yet", done.stderr)
+    assert re.search(r"error: step \d+: \S+ is (nan|inf) \(not finite: .*no checkpoint was saved", done.stderr)
     assert "Lower optimizer.learning_rate" in done.stderr
     assert not (tmp_path / "run" / "result.json").exists()
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -92,8 +93,15 @@ def _flat_paths(state: Any) -> Iterable[tuple[Any, ...]]:
 
 
 def _flatten(state: Any) -> Params:
-    flat = {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
-    return {name: jnp.asarray(value) if isinstance(value, float | int) else value for name, value in flat.items()}
+    return {_name(path): _strong(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
+
+
+def _strong(value: Any) -> Any:
+    """A plain number as an array; a weak dtype, which the first update would change and compile anew, made strong."""
+    if isinstance(value, float | int):
+        value = jnp.asarray(value)
+    weak = isinstance(value, jax.Array) and value.weak_type
+    return jax.lax.convert_element_type(value, value.dtype) if weak else value
 
 
 def _name(path: tuple[Any, ...]) -> str:

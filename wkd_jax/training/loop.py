@@ -192,8 +192,9 @@ class Watch:
         if bad := [name for name, value in values.items() if not math.isfinite(value)]:
             kept = f"the checkpoint of step {self.last_good} is kept" if self.last_good else "no checkpoint was saved"
             raise TrainingError(
-                f"step {step}: {bad[0]} is {values[bad[0]]} (not finite: {', '.join(bad)}); {kept}. In a new work "
-                "directory, lower optimizer.learning_rate or the term's weight, or set optimizer.clip_norm"
+                f"step {step}: {bad[0]} is {values[bad[0]]} (not finite: {', '.join(bad)}); {kept}. Lower "
+                "optimizer.learning_rate or the term's weight, or set optimizer.clip_norm"
+                + (", in a new --workdir" if self.last_good else "")
             )
 
 
