@@ -278,3 +278,56 @@ def test_an_unwritable_work_directory(home, tmp_path, capsys):
     assert main.main(["--config", f"{home / 'config.py'}:", "--workdir", str(tmp_path / "file" / "run")]) == 1
     message = capsys.readouterr().err
     assert "cannot be written" in message and "--workdir" in message
+
+
+def test_the_student_is_checked_before_the_teacher_trains(home, tmp_path, capsys):
+    """Neither a tap nor a file nor a grid waits for a teacher; and a rejected config does not own the directory."""
+    for override, message in (
+        ("methods.wkd_f.student_tap='stage9'", "unknown tap of resnet8 'stage9'"),
+        ("methods.wkd_f.grid=9", "methods.wkd_f.grid=9: must be from 1 to 2"),
+        ("interrelation.file='nowhere.npy'", "interrelation.file=nowhere.npy: there is no such file"),
+        ("task.pad=8", "task.pad=8: must be from 0 to below the images' side, 8"),
+    ):
+        argv = ["--config", f"{home / 'config.py'}:wkd_l+wkd_f", "--workdir", str(tmp_path / "run")]
+        assert main.main([*argv, f"--config.{override}"]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_another_teacher_is_refused(finished, home):
+    whole, _ = finished
+    directory = home / "swapped"
+    shutil.copytree(whole, directory)
+    (directory / "result.json").unlink()
+    teacher = json.loads((directory / "teacher" / "result.json").read_text())
+    teacher["mean"] = [0.0, 0.0, 0.0]
+    (directory / "teacher" / "result.json").write_text(json.dumps(teacher))
+    done = call(home, ":wkd_l+wkd_f", "--workdir", "swapped")
+    assert done.returncode == 1
+    assert "interrelation.npz holds the class similarity of something else" in done.stderr
+    (directory / "interrelation.npz").unlink()
+    done = call(home, ":wkd_l+wkd_f", "--workdir", "swapped")
+    assert done.returncode == 1
+    assert "the teacher and the constants of this run changed since its last checkpoint" in done.stderr
+
+
+def test_two_processes_do_not_share_a_directory(home, tmp_path, capsys):
+    config = main.load_config(f"{home / 'config.py'}:")
+    with workdir.claim(tmp_path / "run", config):
+        assert main.main(["--config", f"{home / 'config.py'}:", "--workdir", str(tmp_path / "run")]) == 1
+    assert "another process is at work" in capsys.readouterr().err
+
+
+def test_a_directory_without_a_checkpoint_is_taken_over(home, tmp_path):
+    first, second = main.load_config(f"{home / 'config.py'}:"), main.load_config(f"{home / 'config.py'}:", ["seed=1"])
+    for config in (first, second):
+        with workdir.claim(tmp_path, config):
+            assert json.loads((tmp_path / "config.json").read_text())["seed"] == config.seed
+    (tmp_path / workdir.CHECKPOINTS / "7").mkdir(parents=True)
+    with pytest.raises(ValueError, match="seed: 1 -> 0"), workdir.claim(tmp_path, first):
+        pass
+
+
+def test_overrides_of_unused_methods_are_refused(home):
+    with pytest.raises(ValueError, match="this run does not use kd"):
+        main.load_config(f"{home / 'config.py'}:wkd_l", ["methods.kd.weight=1.0"])

@@ -29,7 +29,7 @@ class Teacher:
     Attributes:
       network: Structure and arrays.
       config: Of the run that made it.
-      fingerprint: Of its arrays.
+      fingerprint: Of its arrays and of how it is fed.
     """
 
     network: Network
@@ -134,4 +134,5 @@ def load(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet) -> T
     normalisation = Normalisation(tuple(earlier["mean"]), tuple(earlier["std"]))
     made_by = config_lib.resolve(earlier["config"])
     network = build.network(made_by["student"], earlier["num_classes"], config["dtype"], arrays, normalisation)
-    return Teacher(network, made_by, interrelation.hash_arrays(arrays))
+    identity = {**arrays, "mean": np.asarray(earlier["mean"]), "std": np.asarray(earlier["std"])}
+    return Teacher(network, made_by, interrelation.hash_arrays(identity))
