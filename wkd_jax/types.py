@@ -66,18 +66,18 @@ class Tap:
     Attributes:
       channels: D.
       stride: Input pixels per position, along each side.
-      size: (height, width) in positions where it does not follow from the image's (pooled regions); else None.
       layout: "NHWC" maps [B, H, W, D], or "tokens" [B, N, D].
       signed: Whether values may be negative (taken before a ReLU).
       prefix_tokens: Leading tokens that are not patches (a class token).
+      size: (height, width) in positions where it does not follow from the image's (pooled regions); else None.
     """
 
     channels: int
     stride: int
-    size: tuple[int, int] | None = None
     layout: Literal["NHWC", "tokens"] = "NHWC"
     signed: bool = False
     prefix_tokens: int = 0
+    size: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,3 +138,7 @@ def test_errors_name_the_remedy(arguments, message):
 )
 def test_spatial_size(image, stride, size):
     assert connectors.spatial_size(Tap(1, stride), image) == size
+
+
+def test_a_tap_of_fixed_size_keeps_it():
+    assert connectors.spatial_size(Tap(8, 16, size=(7, 7)), (800, 1333)) == (7, 7)
