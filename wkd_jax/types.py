@@ -70,6 +70,8 @@ class Tap:
       signed: Whether values may be negative (taken before a ReLU).
       prefix_tokens: Leading tokens that are not patches (a class token).
       size: (height, width) in positions where it does not follow from the image's (pooled regions); else None.
+      rounding: Where the stride does not divide the image's side: "up", as padded convolutions do, or "down", as
+        unpadded ones.
     """
 
     channels: int
@@ -78,6 +80,7 @@ class Tap:
     signed: bool = False
     prefix_tokens: int = 0
     size: tuple[int, int] | None = None
+    rounding: Literal["up", "down"] = "up"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,7 @@ class ModelInfo:
       taps: In network order, name -> `Tap`.
       pooled: Channels of `Outputs.pooled`.
       classifier: Path of the classifier's kernel [D, C] inside the model, such as "fc/kernel".
+      image_size: (height, width) where the network takes images of one size only (position embeddings); else None.
     """
 
     name: str
@@ -97,6 +101,7 @@ class ModelInfo:
     taps: Mapping[str, Tap]
     pooled: int
     classifier: str
+    image_size: tuple[int, int] | None = None
 
     @property
     def last_tap(self) -> str:

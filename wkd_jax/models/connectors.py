@@ -61,7 +61,7 @@ class Identity(nnx.Module):
 
 
 def spatial_size(tap: Tap, image_size: Size) -> Size:
-    """Positions (height, width) of a tap for images of a size: its own, or rounded up as padded convolutions do.
+    """Positions (height, width) of a tap for images of a size: its own, or the image's by the stride.
 
     Example:
       >>> spatial_size(Tap(channels=512, stride=32), (224, 200))
@@ -70,6 +70,8 @@ def spatial_size(tap: Tap, image_size: Size) -> Size:
     if tap.size is not None:
         return tap.size
     height, width = image_size
+    if tap.rounding == "down":
+        return height // tap.stride, width // tap.stride
     return -(-height // tap.stride), -(-width // tap.stride)
 
 

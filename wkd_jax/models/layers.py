@@ -48,7 +48,8 @@ class Conv(nnx.Conv):
       padding: Zeros on each side of both axes.
       groups: Groups of channels that do not see each other.
       use_bias: Whether to add a bias.
-      kernel_init: Defaults to `uniform_fan_in`. The bias always starts from that.
+      kernel_init: Defaults to `uniform_fan_in`.
+      bias_init: Likewise.
       dtype: Of the computation and the output.
       rngs: Source of the initial values.
 
@@ -69,6 +70,7 @@ class Conv(nnx.Conv):
         groups: int = 1,
         use_bias: bool = True,
         kernel_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -83,7 +85,7 @@ class Conv(nnx.Conv):
             feature_group_count=groups,
             use_bias=use_bias,
             kernel_init=kernel_init or default_init,
-            bias_init=default_init,
+            bias_init=bias_init or default_init,
             dtype=dtype,
             param_dtype=jnp.float32,
             rngs=rngs,
@@ -147,7 +149,9 @@ class Linear(nnx.Linear):
       in_features: Input channels.
       out_features: Output channels.
       use_bias: Whether to add a bias.
-      dtype: Of the computation and the output.
+      kernel_init: Defaults to `uniform_fan_in`.
+      bias_init: Likewise.
+      dtype: Of the computation and the output; None: float32, or the input's where that is wider.
       rngs: Source of the initial values.
 
     Example:
@@ -156,15 +160,23 @@ class Linear(nnx.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, use_bias: bool = True, dtype: Any = jnp.float32, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        kernel_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
     ) -> None:
         default_init = uniform_fan_in(in_features)
         super().__init__(
             in_features,
             out_features,
             use_bias=use_bias,
-            kernel_init=default_init,
-            bias_init=default_init,
+            kernel_init=kernel_init or default_init,
+            bias_init=bias_init or default_init,
             dtype=dtype,
             param_dtype=jnp.float32,
             rngs=rngs,
@@ -216,7 +228,7 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Normalises [B, ..., C]. `train` uses, and updates the running statistics with, those of the batch."""
-        y = x.astype(jnp.float32)
+        y = widen(x)
         if train:
             y, mean, var = self._batch_statistics(y)
         else:
@@ -267,3 +279,87 @@ class BatchNorm(nnx.Module):
                 "example a group, or on larger images"
             )
         return shape[0] // size
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalisation over the last axis (Ba et al., arXiv 1607.06450); statistics and parameters are float32.
+
+    The variance is taken around the mean: the one-pass form loses digits where the mean is large, as it is in the
+    residual streams of trained transformers.
+
+    Args:
+      num_features: Channels.
+      eps: Added to the variance. No default, since torch's (1e-5) and most transformers' (1e-6) differ.
+      dtype: Of the output.
+
+    Example:
+      >>> print(LayerNorm(2, eps=0.0)(jnp.array([[1000.0, 1002.0]])))
+      [[-1.  1.]]
+    """
+
+    def __init__(self, num_features: int, *, eps: float, dtype: Any = jnp.float32) -> None:
+        super().__init__(
+            num_features,
+            epsilon=eps,
+            dtype=dtype,
+            param_dtype=jnp.float32,
+            use_fast_variance=False,
+            rngs=nnx.Rngs(0),  # unused: the initial values are constants
+        )
+
+
+def widen(x: Array) -> Array:
+    """`x` in float32, or as it is where it is wider: what sums over many entries are taken in.
+
+    Float64 goes through, so that a network can be checked free of rounding.
+    """
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def mean_over_positions(x: Array) -> Array:
+    """Global average pooling: [B, H, W, D] -> [B, D], at least float32."""
+    return jnp.mean(widen(x), axis=(1, 2))
+
+
+def max_pool(x: Array, size: int, *, stride: int, padding: int = 0) -> Array:
+    """Largest value of each window of [B, H, W, D]; what is beyond the border never wins, and sizes round down.
+
+    Example:
+      >>> max_pool(-jnp.ones((1, 4, 4, 1)), 3, stride=2, padding=1).ravel().tolist()
+      [-1.0, -1.0, -1.0, -1.0]
+    """
+    return nnx.max_pool(x, (size, size), strides=(stride, stride), padding=((padding, padding),) * 2)
+
+
+def avg_pool(x: Array, size: int, *, stride: int, padding: int = 0) -> Array:
+    """Mean of each window of [B, H, W, D], positions beyond the border counted as zeros, as torch does by default."""
+    return nnx.avg_pool(x, (size, size), strides=(stride, stride), padding=((padding, padding),) * 2)
+
+
+def dropout(x: Array, rate: float, *, train: bool, rngs: nnx.Rngs | None, whole_examples: bool = False) -> Array:
+    """Sets entries to 0 at random in training and scales the others by 1 / (1 - rate).
+
+    Args:
+      x: [B, ...].
+      rate: Share that is dropped.
+      train: Nothing happens outside of training.
+      rngs: Source of randomness; needed in training where `rate` is above 0.
+      whole_examples: Draw once an example instead of once an entry. On a residual branch this is stochastic depth
+        (Huang et al., arXiv 1603.09382), "drop path" in timm.
+
+    Raises:
+      ValueError: If randomness is needed and there is none.
+
+    Example:
+      >>> dropout(jnp.ones((2, 3)), 0.5, train=False, rngs=None).tolist()
+      [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    if not train or rate == 0:
+        return x
+    if rngs is None:
+        raise ValueError(
+            f"dropout of rate {rate} in training needs randomness: call the network with rngs=nnx.Rngs(key)"
+        )
+    shape = (x.shape[0], *(1,) * (x.ndim - 1)) if whole_examples else x.shape
+    keep = jax.random.bernoulli(rngs.dropout(), 1 - rate, shape)
+    return jnp.where(keep, x / (1 - rate), 0)

@@ -1,0 +1,128 @@
+"""What the classification networks share: parts that end in taps, a head, registry entries, keys of other code bases.
+
+A family is one file with a class derived from `Staged`. It builds its layers, publishes `info`, and says what each part
+and the head compute; running the whole network, or its rest from a tap on, is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from flax import nnx
+
+from wkd_jax import registry
+from wkd_jax.types import Array, ModelInfo, Outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyStyle:
+    """How a code base names the arrays of a network: rewritings of our own names.
+
+    Our name of an array, "layer1/0/conv1/kernel", has the canonical key "layer1.0.conv1.weight"
+    (`wkd_jax.weights.keys`); each rewriting is applied to that in turn.
+
+    Attributes:
+      renames: ((regular expression, replacement), ...) for `re.sub`, in order.
+      columns: Regular expression of the canonical keys of vectors [D] that this style stores as [D, 1, 1]; "" for none.
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    columns: str = ""
+
+
+class Staged(nnx.Module):
+    """A network of parts, one after the other, each ending in the tap of its name, then a head.
+
+    A family defines `info`, whose taps name the parts in order, `_part` and `_head`. `pooled` and `logits` are float32;
+    taps have the compute dtype.
+
+    Attributes:
+      KEY_STYLES: Names of the arrays in other code bases, by code base; the first is what weights are exported in.
+
+    Args:
+      name: Registered name of the network.
+      num_classes: Rows of the classifier.
+      dtype: Compute dtype; parameters and statistics stay float32.
+    """
+
+    KEY_STYLES: ClassVar[Mapping[str, KeyStyle]] = {"torchvision": KeyStyle()}
+
+    def __init__(self, name: str, num_classes: int, dtype: Any) -> None:
+        self.name = name
+        self.num_classes = num_classes
+        self.dtype = dtype
+
+    @property
+    def info(self) -> ModelInfo:
+        """Taps and sizes."""
+        raise NotImplementedError
+
+    def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
+        """The part that ends in the tap `name`, from the tap before it (or the image)."""
+        raise NotImplementedError
+
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+        """(pooled [B, D], logits [B, C]), both float32, from the last tap."""
+        raise NotImplementedError
+
+    def __call__(self, image: Array, *, train: bool, rngs: nnx.Rngs | None = None) -> Outputs:
+        """Runs the whole network on [B, H, W, 3] normalised images.
+
+        Args:
+          image: Any float dtype.
+          train: Whether to use batch statistics, dropout and stochastic depth.
+          rngs: Source of dropout and stochastic depth; only networks that have either need it, in training.
+
+        Raises:
+          ValueError: If the network does not take images of this size.
+        """
+        info, size = self.info, image.shape[1:3]
+        if info.image_size not in (None, size):
+            raise ValueError(
+                f"{self.name} was built for images of {info.image_size} and was given {size}: build it with "
+                f"image_size={size}"
+            )
+        return self._run(image, list(info.taps), train=train, rngs=rngs)
+
+    def forward_from(self, tap: str, x: Array, *, train: bool, rngs: nnx.Rngs | None = None) -> Outputs:
+        """Continues from `x` in the place of the feature named `tap`; the outputs hold the taps after it.
+
+        Raises:
+          ValueError: If there is no such tap.
+        """
+        taps = list(self.info.taps)
+        if tap not in taps:
+            raise ValueError(registry.unknown(f"tap of {self.name}", tap, taps))
+        return self._run(x, taps[taps.index(tap) + 1 :], train=train, rngs=rngs)
+
+    def _run(self, x: Array, parts: Sequence[str], *, train: bool, rngs: nnx.Rngs | None) -> Outputs:
+        """The named parts, then the head."""
+        x, taps, given = x.astype(self.dtype), {}, x.shape
+        for part in parts:
+            x = taps[part] = self._part(part, x, train=train, rngs=rngs)
+            if 0 in x.shape:
+                raise ValueError(f"{self.name}: an input of {given} is too small, {part} would have shape {x.shape}")
+        pooled, logits = self._head(x, train=train, rngs=rngs)
+        return Outputs(logits=logits, taps=taps, pooled=pooled)
+
+
+def factories(family: type[Staged], names: Iterable[str]) -> dict[str, Callable[..., Staged]]:
+    """Registry entries of a family: a function for each name, called as factory(num_classes, *, rngs, ...).
+
+    Configs are checked against the signatures of factories, and that of an NNX class is (*args, **kwargs); these have
+    the one of its `__init__`, less the name.
+    """
+
+    def factory(name: str) -> Callable[..., Staged]:
+        def build(*args: Any, **kwargs: Any) -> Staged:
+            return family(name, *args, **kwargs)
+
+        signature = inspect.signature(family.__init__)
+        build.__signature__ = signature.replace(parameters=list(signature.parameters.values())[2:])  # type: ignore[attr-defined]
+        build.__doc__ = family.__doc__
+        return build
+
+    return {name: factory(name) for name in names}
