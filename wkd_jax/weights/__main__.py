@@ -1,0 +1,185 @@
+"""Command line: weights in and out.
+
+python -m wkd_jax.weights list
+python -m wkd_jax.weights import SOURCE --model resnet34 --out DIR
+python -m wkd_jax.weights export RUN --to torch --out student.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from flax import nnx
+
+from wkd_jax import config as config_lib
+from wkd_jax import registry, weights
+from wkd_jax.training import build
+from wkd_jax.training.teacher import read_run
+from wkd_jax.types import Normalisation, Params
+from wkd_jax.weights import export, public
+
+NORMALISATIONS = {"imagenet": public.IMAGENET, "inception": public.INCEPTION, "cifar100": public.CIFAR100}
+FORMATS = ("torch", "flax", "orbax", "serving")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        lines = args.run(args)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m wkd_jax.weights", description="Weights in and out.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="list published weights by the names that import and configs take")
+    listing.set_defaults(run=_list)
+
+    reading = commands.add_parser(
+        "import",
+        help="turn somebody's file into a directory that configs take as teacher.weights or init.weights",
+        description="Reads PyTorch (.pth, .pt, .pkl), safetensors and Google's .npz files; nothing in them is run.",
+    )
+    reading.add_argument("source", help="path, https or gs URL, or a name of the list")
+    reading.add_argument(
+        "--model", help="registered name of the network (python -m wkd_jax.models); default: as listed"
+    )
+    reading.add_argument("--out", required=True, type=pathlib.Path, help="directory to write")
+    reading.add_argument("--num_classes", type=int, help="rows of the classifier; default: as many as the file has")
+    reading.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the network, as in a config"
+    )
+    reading.add_argument(
+        "--normalisation",
+        help=f"how the network wants its images: {', '.join(NORMALISATIONS)}, or six numbers, mean and std of r, g, b "
+        "in units of the full range, with commas; default: as listed",
+    )
+    reading.set_defaults(run=_import)
+
+    writing = commands.add_parser("export", help="write the student of a finished run, or imported weights, for others")
+    writing.add_argument("source", type=pathlib.Path, help="work directory of a run, or a directory that import made")
+    writing.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help="torch: safetensors that load_state_dict takes; flax: safetensors of our names in Flax's layouts; orbax: "
+        "the same as nested dicts; serving: a serialised function from uint8 images to logits (jax.export)",
+    )
+    writing.add_argument("--out", required=True, type=pathlib.Path, help="file (torch, serving) or directory to write")
+    writing.add_argument("--style", help="whose keys, with --to torch; default: the first of the network's styles")
+    writing.add_argument("--which", choices=("latest", "best"), default="latest", help="checkpoint of the run")
+    writing.add_argument(
+        "--image_size", type=int, nargs=2, metavar=("H", "W"), help="with --to serving; default: the run's"
+    )
+    writing.set_defaults(run=_export)
+    return parser
+
+
+def _list(args: argparse.Namespace) -> list[str]:
+    del args
+    rows = [("name", "network", "data set", "top-1", "top-5", "url")]
+    for name, entry in public.PUBLIC.items():
+        top5 = "-" if entry.top5 is None else f"{entry.top5:.2f}"
+        rows.append((name, entry.model, entry.data, f"{entry.top1:.2f}", top5, entry.url))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _import(args: argparse.Namespace) -> list[str]:
+    file = weights.open_file(args.source)
+    name = args.model or file.model.get("name")
+    if not name:
+        raise ValueError(f"{args.source}: does not say which network it is of: give --model")
+    model = config_lib.model_section({"name": name, **dict(_setting(text) for text in args.set)}, "--set ")
+    classes = args.num_classes or file.num_classes(model)
+    module = nnx.eval_shape(lambda: build.model(model, classes, "float32", 0))
+    arrays, notes = file.arrays(module)
+    normalisation = _normalisation(args.normalisation) or file.normalisation
+    if normalisation is None:
+        raise ValueError(
+            f"{args.source}: does not say how the network wants its images: give --normalisation "
+            f"{', '.join(NORMALISATIONS)}, or six numbers"
+        )
+    path = weights.write(args.out, arrays, model, normalisation, source=args.source, sha256=file.sha256)
+    count = sum(array.size for array in arrays.values())
+    return [*notes, f"{name}, {classes} classes, {count:,} numbers in {len(arrays)} arrays: {path}"]
+
+
+def _export(args: argparse.Namespace) -> list[str]:
+    if args.style and args.to != "torch":
+        raise ValueError(f"--style {args.style}: has a meaning with --to torch alone")
+    source = _exportable(args.source, args.which)
+    model = nnx.eval_shape(lambda: build.model(source.model, source.num_classes, "float32", 0))
+    if args.to == "torch":
+        export.to_torch(args.out, model, source.arrays, style=args.style)
+    elif args.to == "flax":
+        weights.write(args.out, source.arrays, source.model, source.normalisation, source=str(args.source))
+    elif args.to == "orbax":
+        export.to_orbax(args.out, model, source.arrays)
+    else:
+        size = args.image_size or source.image_size or model.info.image_size
+        if not size:
+            raise ValueError(f"{args.source}: does not say the size of its images: give --image_size HEIGHT WIDTH")
+        export.to_serving(args.out, model, source.arrays, source.normalisation, tuple(size))
+    return [f"{model.info.name}, {source.num_classes} classes: {args.out}"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exportable:
+    """A network to write: section of a config, class count, size of its images (None if not known), and the rest."""
+
+    model: Mapping[str, Any]
+    num_classes: int
+    image_size: tuple[int, int] | None
+    normalisation: Normalisation
+    arrays: Params
+
+
+def _exportable(source: pathlib.Path, which: Literal["latest", "best"]) -> _Exportable:
+    if not (source / weights.NATIVE_FILE).exists():
+        run = read_run(source, which)
+        return _Exportable(run.config["student"], run.num_classes, run.image_size, run.normalisation, run.arrays)
+    file = weights.open_file(source)
+    model = config_lib.model_section(file.model, str(source))
+    classes = file.num_classes(model)
+    arrays, _ = file.arrays(nnx.eval_shape(lambda: build.model(model, classes, "float32", 0)))
+    return _Exportable(model, classes, None, file.normalisation, arrays)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text}: write --set {key}=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _normalisation(text: str | None) -> Normalisation | None:
+    if text is None or text in NORMALISATIONS:
+        return NORMALISATIONS.get(text or "")
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 6 or min(numbers[3:]) <= 0:
+        names = registry.unknown("normalisation", text, NORMALISATIONS)
+        raise ValueError(f"--normalisation: {names}, or six numbers with commas (mean and std, std above 0)")
+    return Normalisation(tuple(numbers[:3]), tuple(numbers[3:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

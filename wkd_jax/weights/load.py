@@ -1,0 +1,193 @@
+"""From the name of a file of weights (a path, a URL, or a published file's name) to the arrays of a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from wkd_jax import registry
+from wkd_jax.models import functional
+from wkd_jax.models.base import Staged
+from wkd_jax.types import Normalisation, Params
+from wkd_jax.weights import match, state
+from wkd_jax.weights.download import fetch
+from wkd_jax.weights.errors import WeightsError
+from wkd_jax.weights.public import PUBLIC, by_file
+from wkd_jax.weights.state import State
+
+NATIVE_FILE = "weights.safetensors"  # in the directory that an import makes
+SUFFIXES = (".pth", ".pt", ".pkl", ".npz", ".safetensors")
+_RECORD = "wkd_jax"  # key of the metadata of such a file
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights, read but not yet matched with a network.
+
+    Attributes:
+      source: As it was asked for.
+      sha256: Of the file.
+      state: Its arrays, by its own keys.
+      model: Section of a config, {"name": ..., settings}, of the network that it says it is of; empty if it does not.
+      normalisation: How that network wants its images; None if the file does not say.
+    """
+
+    source: str
+    sha256: str
+    state: State
+    model: Mapping[str, Any]
+    normalisation: Normalisation | None
+
+    def arrays(self, model: Staged, *, reset_head: bool = False) -> tuple[Params, list[str]]:
+        """The arrays of `model`, which may be abstract (`nnx.eval_shape`).
+
+        Args:
+          model: The network.
+          reset_head: Leave the classifier out, whatever its class count in the file.
+
+        Returns:
+          (arrays, notes): float32 NumPy by our names, without the classifier's if it was left out; sentences about
+          everything that was not a plain copy.
+
+        Raises:
+          WeightsError: If the file is not of this network; lists what is missing, left over and of another shape, and
+            names the network that it looks like.
+        """
+        fit = match.best(self.state.arrays, model, native=_RECORD in self.state.metadata)
+        arrays, notes = match.convert(fit, model, self.source, reset_head=reset_head)
+        return arrays, [*self.state.notes, f"keys of {fit.style}", *notes]
+
+    def num_classes(self, model: Mapping[str, Any]) -> int:
+        """Rows of the classifier that the file has.
+
+        Args:
+          model: Section of a config, {"name": ..., settings}, of the network that it is of.
+
+        Raises:
+          WeightsError: If it has none.
+        """
+        settings = {key: value for key, value in model.items() if key != "name"}
+        factory = registry.get("models", model["name"])
+        module = nnx.eval_shape(lambda: factory(1000, rngs=nnx.Rngs(0), **settings))
+        fit = match.best(self.state.arrays, module, native=_RECORD in self.state.metadata)
+        bias = fit.arrays.get(fit.entries[match.head(module.info)[1]].key)
+        if bias is None:
+            raise WeightsError(
+                f"{self.source}: has no classifier of {model['name']} to count classes by: give their number"
+            )
+        return len(bias)
+
+
+def open_file(source: str | os.PathLike[str]) -> WeightsFile:
+    """Finds and reads a file of weights.
+
+    Args:
+      source: A name in `wkd_jax.weights.public.PUBLIC`, an https, http or gs URL (downloaded once and kept), a path, or
+        a directory that `write` made.
+
+    Raises:
+      WeightsError: If the file cannot be read; see `wkd_jax.weights.state.read`.
+      OSError: If it is not there, or cannot be downloaded.
+    """
+    source, public = str(source), PUBLIC.get(str(source))
+    url = public.url if public else source
+    path = fetch(url) if "://" in url else pathlib.Path(url)
+    if path.is_dir():
+        path /= NATIVE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(_not_found(source, path))
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    found = state.read(path)
+    if public := public or by_file(path.name, sha256):
+        return WeightsFile(source, sha256, found, {"name": public.model}, public.normalisation)
+    record = json.loads(found.metadata[_RECORD]) if _RECORD in found.metadata else {}
+    normalisation = Normalisation(**{key: tuple(v) for key, v in record["normalisation"].items()}) if record else None
+    model = {key: tuple(v) if isinstance(v, list) else v for key, v in record.get("model", {}).items()}
+    return WeightsFile(source, sha256, found, model, normalisation)
+
+
+def restore(model: Staged, source: str | os.PathLike[str], *, reset_head: bool = False) -> list[str]:
+    """Puts the weights of a file into a network.
+
+    Args:
+      model: Its parameters and statistics are replaced.
+      source: As in `open_file`.
+      reset_head: Leave the classifier as it is, whatever its class count in the file.
+
+    Returns:
+      Sentences about everything that was not a plain copy.
+
+    Raises:
+      WeightsError: If the file cannot be read or is not of this network.
+      OSError: If it is not there, or cannot be downloaded.
+
+    Example:
+      >>> import tempfile
+      >>> from wkd_jax.models.resnet import ResNet
+      >>> model, other = (ResNet("resnet18", 10, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = write(directory, model, {"name": "resnet18"}, Normalisation((0.5,) * 3, (0.25,) * 3))
+      ...     notes = restore(other, directory)
+      >>> bool((model.fc.kernel[...] == other.fc.kernel[...]).all())
+      True
+    """
+    arrays, notes = open_file(source).arrays(model, reset_head=reset_head)
+    functional.update(model, arrays)
+    return notes
+
+
+def write(
+    directory: str | os.PathLike[str],
+    arrays: Staged | Mapping[str, Any],
+    model: Mapping[str, Any],
+    normalisation: Normalisation,
+    **origin: Any,
+) -> pathlib.Path:
+    """Writes a network in our own names: a safetensors file that says which network it is and how it is fed.
+
+    Keys are paths such as "layer1/0/conv1/kernel", arrays are in Flax's layouts.
+
+    Args:
+      directory: Made if it does not exist; an earlier file in it is replaced.
+      arrays: The network, or its arrays by name.
+      model: Section of a config, {"name": ..., settings}.
+      normalisation: How the network wants its images.
+      origin: Whatever else the file should say about itself, as JSON.
+
+    Returns:
+      Path of the file.
+    """
+    if isinstance(arrays, nnx.Module):
+        _, params, variables, _ = functional.split(arrays)
+        arrays = {**params, **variables}
+    path = pathlib.Path(directory) / NATIVE_FILE
+    record = {"model": dict(model), "normalisation": dataclasses.asdict(normalisation), **origin}
+    write_file(path, {name: np.asarray(array) for name, array in arrays.items()}, {_RECORD: json.dumps(record)})
+    return path
+
+
+def write_file(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file: under a temporary name, so that what has the name is whole."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file(dict(arrays), temporary, dict(metadata))
+    temporary.replace(path)
+
+
+def _not_found(source: str, path: pathlib.Path) -> str:
+    if path.name == NATIVE_FILE and path.parent.is_dir():
+        return f"{source}: the directory has no {NATIVE_FILE}: give the file itself"
+    if "/" in source or path.suffix in SUFFIXES:
+        return f"{source}: there is no such file"
+    return registry.unknown("weights (neither a file nor a published name)", source, PUBLIC)

@@ -1,0 +1,231 @@
+"""Finds out how a state dict fits a network: whose keys it has, what is wrapped around them, and what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from wkd_jax import registry
+from wkd_jax.models import functional
+from wkd_jax.models.base import Staged
+from wkd_jax.types import ModelInfo, Params
+from wkd_jax.weights import keys, position
+from wkd_jax.weights.errors import WeightsError
+from wkd_jax.weights.keys import Entry
+
+NATIVE = "wkd_jax"  # the style of files with our own names
+# Put in front of all keys by wrappers of a network. A distiller's file has its other parts beside "student.".
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
+_STUDENT = "student."
+_SHOWN = 4  # names of each kind in an error message
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """One way to read a state dict as a network.
+
+    Attributes:
+      style: Whose keys.
+      stripped: Prefixes that were taken off all keys, in order.
+      entries: Of the wanted arrays, by our name.
+      missing: Keys that the network has and the file has not.
+      left_over: Keys of the file that the network has not.
+      wrong: (our name, key, shape found, shape wanted).
+      arrays: Of the file, by key, prefixes off.
+    """
+
+    style: str
+    stripped: tuple[str, ...]
+    entries: dict[str, Entry]
+    missing: tuple[str, ...]
+    left_over: tuple[str, ...]
+    wrong: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...]], ...]
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def problems(self) -> int:
+        """How many arrays do not fit."""
+        return len(self.missing) + len(self.left_over) + len(self.wrong)
+
+
+def shapes_of(model: Staged) -> dict[str, tuple[int, ...]]:
+    """Shapes of a network's parameters and statistics, by name. The network may be abstract."""
+    _, params, variables, _ = functional.split(model)
+    return {name: tuple(array.shape) for name, array in {**params, **variables}.items()}
+
+
+def head(info: ModelInfo) -> tuple[str, str]:
+    """Our names of the classifier's kernel and bias."""
+    return info.classifier, info.classifier.removesuffix("kernel") + "bias"
+
+
+def best(arrays: Mapping[str, np.ndarray], model: Staged, *, native: bool = False) -> Fit:
+    """The way of reading a state dict that leaves the fewest arrays over, on either side.
+
+    Args:
+      arrays: By the file's keys.
+      model: The network, abstract or not.
+      native: Whether the keys are our own names.
+    """
+    shapes = shapes_of(model)
+    if native:
+        styles = {NATIVE: {name: Entry(name, shape) for name, shape in shapes.items()}}
+        return _fit(NATIVE, styles[NATIVE], (), arrays, model.info)
+    styles = {name: keys.layout(shapes, style) for name, style in type(model).KEY_STYLES.items()}
+    fits = [
+        _fit(style, entries, stripped, variant, model.info)
+        for stripped, variant in _unwrapped(arrays)
+        for style, entries in styles.items()
+    ]
+    return min(fits, key=lambda fit: (fit.problems, len(fit.stripped)))
+
+
+def convert(fit: Fit, model: Staged, source: str, *, reset_head: bool) -> tuple[Params, list[str]]:
+    """The network's arrays out of a state dict.
+
+    Args:
+      fit: The best one.
+      model: The network, abstract or not.
+      source: Of the file, for messages.
+      reset_head: Leave the classifier out, whatever the file has there.
+
+    Returns:
+      (arrays, notes): float32, by our names, without the classifier if it was left out; a sentence for everything that
+      was not a plain copy.
+
+    Raises:
+      WeightsError: If anything is missing, left over, of another shape, or no finite number. One message: the first
+        few of each, and the network that the file looks like.
+    """
+    shapes, info, notes = shapes_of(model), model.info, []
+    if fit.stripped:
+        notes.append(f"took {', '.join(fit.stripped)} off the keys")
+    skipped = {fit.entries[name].key for name in head(info)} if reset_head else set()
+    resized = {name for name, _, found, wanted in fit.wrong if _can_resize(name, found, wanted, info)}
+    missing = [key for key in fit.missing if key not in skipped]
+    wrong = [row for row in fit.wrong if row[0] not in resized and row[1] not in skipped]
+    if missing or fit.left_over or wrong:
+        raise WeightsError(_message(source, fit, model, missing, wrong))
+    result: dict[str, Any] = {}
+    for name, entry in fit.entries.items():
+        if entry.key in skipped:
+            continue
+        array = fit.arrays[entry.key]
+        if not (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
+            raise WeightsError(f"{source}: {entry.key} holds {array.dtype}, not floating-point numbers")
+        if name in resized:
+            notes.append(f"resized {name} from {array.shape} to {shapes[name]}")
+            array = position.resize(array, info)
+        if not np.all(np.isfinite(array.astype(np.float32))):
+            raise WeightsError(
+                f"{source}: {entry.key} has values that are not finite: the training that made it failed"
+            )
+        if fit.style == NATIVE:
+            result[name] = np.ascontiguousarray(array, np.float32)
+        else:
+            result[name] = keys.from_torch(name, array, shapes[name])
+    if reset_head:
+        notes.append("the classifier starts anew")
+    return result, notes
+
+
+def _fit(
+    style: str,
+    entries: dict[str, Entry],
+    stripped: tuple[str, ...],
+    arrays: Mapping[str, np.ndarray],
+    info: ModelInfo,
+) -> Fit:
+    wanted = {entry.key: (name, entry.shape) for name, entry in entries.items()}
+    return Fit(
+        style=style,
+        stripped=stripped,
+        entries=entries,
+        missing=tuple(key for key in wanted if key not in arrays),
+        left_over=tuple(key for key in arrays if key not in wanted),
+        wrong=tuple(
+            (name, key, tuple(arrays[key].shape), shape)
+            for key, (name, shape) in wanted.items()
+            if key in arrays and tuple(arrays[key].shape) != shape
+        ),
+        arrays=arrays,
+    )
+
+
+def _unwrapped(
+    arrays: Mapping[str, np.ndarray], stripped: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, np.ndarray]]]:
+    """The state dict as it is, and with one after the other of the wrappers around it taken off."""
+    yield stripped, arrays
+    for prefix in (*_WRAPPERS, _STUDENT):
+        inner = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+        if len(inner) == len(arrays) or (inner and prefix == _STUDENT):
+            yield from _unwrapped(inner, (*stripped, prefix))
+
+
+def _can_resize(name: str, found: tuple[int, ...], wanted: tuple[int, ...], info: ModelInfo) -> bool:
+    """Whether only the number of positions of a position embedding [1, N, D] differs, from a square grid's."""
+    return (
+        name.endswith("pos_embed")
+        and len(found) == len(wanted) == 3
+        and (found[0], found[2]) == (wanted[0], wanted[2])
+        and position.is_square(found[1], info)
+    )
+
+
+def _message(
+    source: str,
+    fit: Fit,
+    model: Staged,
+    missing: list[str],
+    wrong: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]],
+) -> str:
+    info = model.info
+    if not missing and not fit.left_over and {name for name, *_ in wrong} <= {*head(info)}:
+        found = next(found for name, _, found, _ in wrong)
+        classes = found[-1] if fit.style == NATIVE else found[0]
+        return (
+            f"{source}: its classifier has {classes} classes and {info.name} is wanted with {info.num_classes}: ask "
+            f"for {classes} classes, or set reset_head=True to start the classifier anew"
+        )
+    parts = []
+    if missing:
+        parts.append(f"missing {len(missing)} of {len(fit.entries)}: {_some(missing)}")
+    if fit.left_over:
+        parts.append(f"left over {len(fit.left_over)}: {_some(list(fit.left_over))}")
+    if wrong:
+        shapes = [f"{key} {found} instead of {wanted}" for _, key, found, wanted in wrong]
+        parts.append(f"of another shape {len(wrong)}: {_some(shapes)}")
+    text = f"{source}: does not fit {info.name} (read in the keys of {fit.style}). {'; '.join(parts)}."
+    if fit.problems < len(fit.entries) // 4:
+        return f"{text} Most of it fits, so the file is of a changed {info.name} or not whole"
+    near = likely(fit.arrays, like=info.name, native=fit.style == NATIVE)
+    return text + (f" It looks like {near}" if near else " It fits no network of this package")
+
+
+def likely(arrays: Mapping[str, np.ndarray], *, like: str, native: bool = False) -> str | None:
+    """A registered network that a state dict fits in everything but, perhaps, the classifier; None if there is none.
+
+    Args:
+      arrays: By the file's keys.
+      like: Name of a network: those of similar names are tried first, since each takes a moment.
+      native: Whether the keys are our own names.
+    """
+    closeness = {name: difflib.SequenceMatcher(None, like, name).ratio() for name in registry.entries("models")}
+    for name in sorted(closeness, key=closeness.get, reverse=True):
+        factory = registry.get("models", name)
+        model = nnx.eval_shape(lambda factory=factory: factory(1000, rngs=nnx.Rngs(0)))
+        fit, free = best(arrays, model, native=native), {*head(model.info)}
+        wrong = [row for row in fit.wrong if row[0] not in free and not _can_resize(row[0], *row[2:], model.info)]
+        if not (fit.missing or fit.left_over or wrong):
+            return name
+    return None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
