@@ -8,7 +8,18 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wkd_jax.models import functional
-from wkd_jax.models.layers import BatchNorm, Conv, ConvTranspose, Linear, he_fan_out
+from wkd_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    ConvTranspose,
+    LayerNorm,
+    Linear,
+    avg_pool,
+    dropout,
+    he_fan_out,
+    max_pool,
+    mean_over_positions,
+)
 
 EPS = 1e-5
 
@@ -212,3 +223,71 @@ def test_compute_dtype_leaves_parameters_float32(filled):
         layer = filled(lambda layer=layer: layer(3, 4, *[1] * (layer is Conv), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
         assert layer.kernel[...].dtype == layer.bias[...].dtype == jnp.float32
         assert layer(jnp.zeros((1, 2, 2, 3))).dtype == jnp.bfloat16
+
+
+def test_layer_norm(filled):
+    """Float64 oracle, on values far from 0 where a one-pass variance would lose its digits."""
+    norm = filled(lambda: LayerNorm(6, eps=1e-5))
+    x = np.random.default_rng(0).normal(3000.0, 1.0, (2, 5, 6)).astype(np.float32)
+    wide = x.astype(np.float64)
+    want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    want = want * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    np.testing.assert_allclose(norm(jnp.asarray(x)), want, atol=2e-3)  # float32 has 2e-4 between numbers near 3000
+    assert norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_layer_norm_in_bfloat16(filled):
+    """Only the result is rounded: not the statistics, not the parameters."""
+    norm = filled(lambda: LayerNorm(64, eps=1e-6, dtype=jnp.bfloat16))
+    exact = filled(lambda: LayerNorm(64, eps=1e-6))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.bfloat16)
+    assert norm(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm(x), exact(x).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 0)])
+def test_pools(size, stride, padding):
+    """From the definition: the border never wins a maximum, and counts as zeros in a mean."""
+    x = np.random.default_rng(0).normal(-5.0, 1.0, (2, 7, 6, 3)).astype(np.float32)
+
+    def windows(fill):
+        padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=fill)
+        return np.lib.stride_tricks.sliding_window_view(padded, (size, size), (1, 2))[:, ::stride, ::stride]
+
+    settings = {"stride": stride, "padding": padding}
+    np.testing.assert_array_equal(max_pool(jnp.asarray(x), size, **settings), windows(-np.inf).max((-2, -1)))
+    np.testing.assert_allclose(avg_pool(jnp.asarray(x), size, **settings), windows(0).mean((-2, -1)), rtol=1e-5)
+
+
+def test_mean_over_positions_is_taken_in_float32():
+    x = jnp.full((1, 64, 64, 1), 1.01, jnp.bfloat16)
+    got = mean_over_positions(x)
+    assert (got.shape, got.dtype) == ((1, 1), jnp.float32)
+    np.testing.assert_allclose(got, float(x[0, 0, 0, 0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("whole_examples", [False, True])
+def test_dropout(whole_examples):
+    x = jnp.ones((2000, 3, 2), jnp.bfloat16)
+    y = np.asarray(dropout(x, 0.25, train=True, rngs=nnx.Rngs(0), whole_examples=whole_examples).astype(jnp.float32))
+    assert {*np.unique(y)} == {0.0, np.float32(jnp.bfloat16(4 / 3))}
+    one_fate = (y == y[:, :1, :1]).all()
+    assert one_fate == whole_examples
+    assert abs((y > 0).mean() - 0.75) < 0.04  # four deviations of 2000 draws
+    for same in (dropout(x, 0.25, train=False, rngs=None), dropout(x, 0.0, train=True, rngs=None)):
+        assert same is x
+    with pytest.raises(ValueError, match="dropout of rate 0.25 in training needs randomness"):
+        dropout(x, 0.25, train=True, rngs=None)
+
+
+@pytest.mark.parametrize("layer", [Linear, Conv])
+def test_given_initial_values(layer):
+    shape = (3, 4, *[1] * (layer is Conv))
+    ones, twos = jax.nn.initializers.ones, jax.nn.initializers.constant(2.0)
+    made = layer(*shape, kernel_init=ones, bias_init=twos, rngs=nnx.Rngs(0))
+    assert (made.kernel[...] == 1).all() and (made.bias[...] == 2).all()
+
+
+def test_linear_without_a_dtype_widens():
+    head = Linear(3, 4, rngs=nnx.Rngs(0))
+    assert head(jnp.zeros((1, 3), jnp.bfloat16)).dtype == jnp.float32

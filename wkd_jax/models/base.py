@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 from flax import nnx
 
 from wkd_jax import registry
@@ -40,6 +41,7 @@ class Staged(nnx.Module):
     taps have the compute dtype.
 
     Attributes:
+      IMAGE_SIZE: (height, width) of the images that the family was designed for, pixels.
       KEY_STYLES: Names of the arrays in other code bases, by code base; the first is what weights are exported in.
 
     Args:
@@ -48,6 +50,7 @@ class Staged(nnx.Module):
       dtype: Compute dtype; parameters and statistics stay float32.
     """
 
+    IMAGE_SIZE: ClassVar[tuple[int, int]] = (224, 224)
     KEY_STYLES: ClassVar[Mapping[str, KeyStyle]] = {"torchvision": KeyStyle()}
 
     def __init__(self, name: str, num_classes: int, dtype: Any) -> None:
@@ -59,6 +62,11 @@ class Staged(nnx.Module):
     def info(self) -> ModelInfo:
         """Taps and sizes."""
         raise NotImplementedError
+
+    def buffers(self, style: str) -> dict[str, np.ndarray]:
+        """What PyTorch's state dict of a style holds besides weights and insists on: tables that never change."""
+        del style
+        return {}
 
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
         """The part that ends in the tap `name`, from the tap before it (or the image)."""

@@ -290,22 +290,27 @@ class LayerNorm(nnx.LayerNorm):
     Args:
       num_features: Channels.
       eps: Added to the variance. No default, since torch's (1e-5) and most transformers' (1e-6) differ.
-      dtype: Of the output.
+      dtype: Of the output; None: float32, or the input's where that is wider.
 
     Example:
       >>> print(LayerNorm(2, eps=0.0)(jnp.array([[1000.0, 1002.0]])))
       [[-1.  1.]]
     """
 
-    def __init__(self, num_features: int, *, eps: float, dtype: Any = jnp.float32) -> None:
+    def __init__(self, num_features: int, *, eps: float, dtype: Any = None) -> None:
         super().__init__(
             num_features,
             epsilon=eps,
-            dtype=dtype,
             param_dtype=jnp.float32,
             use_fast_variance=False,
             rngs=nnx.Rngs(0),  # unused: the initial values are constants
         )
+        self.output_dtype = dtype
+
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+        """Normalises [..., C]."""
+        y = super().__call__(widen(x))
+        return y if self.output_dtype is None else y.astype(self.output_dtype)
 
 
 def widen(x: Array) -> Array:
