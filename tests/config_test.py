@@ -47,7 +47,7 @@ def test_resolving_twice_changes_nothing():
         ({"methods": {"kd": {"temprature": 1.0}}, "teacher": {"run": "x"}}, r"methods.kd.temprature.*'temperature'"),
         ({"methods": {"kd": {"schedule": {"begin": 1}}}, "teacher": {"run": "x"}}, r"methods.kd.schedule.begin"),
         ({"methods": {"kd": {}}}, r"methods: kd cannot do without a teacher, and teacher is None"),
-        ({"teacher": {}}, r"teacher.run='': set exactly one of"),
+        ({"teacher": {}}, r"teacher.run='', teacher.weights='': set exactly one of"),
         ({"teacher": {"train": {"student": {"name": "resnet8"}}}}, r"teacher.train.data.name is not set"),
         ({"epochs": 0}, r"epochs=0: must be above 0"),
         ({"epochs": "3"}, r"epochs='3': needs int, not str"),

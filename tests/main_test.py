@@ -16,6 +16,7 @@ import pytest
 
 from wkd_jax import main
 from wkd_jax.training import checkpoint, metrics, workdir
+from wkd_jax.weights.__main__ import main as weights_main
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -331,3 +332,81 @@ def test_a_directory_without_a_checkpoint_is_taken_over(home, tmp_path):
 def test_overrides_of_unused_methods_are_refused(home):
     with pytest.raises(ValueError, match="this run does not use kd"):
         main.load_config(f"{home / 'config.py'}:wkd_l", ["methods.kd.weight=1.0"])
+
+
+@pytest.fixture(scope="module", name="exported")
+def _exported(finished, home):
+    """The trained student in PyTorch's keys, without its connectors."""
+    whole, _ = finished
+    assert weights_main(["export", str(whole), "--to", "torch", "--out", str(home / "student.safetensors")]) == 0
+    return home / "student.safetensors"
+
+
+def test_an_exported_student_teaches(finished, home, exported):
+    """A teacher that comes as a file scores what it scored, and a run with it begins from weights of a file as well."""
+    whole, _ = finished
+    result = json.loads((whole / "result.json").read_text())
+    how = {"mean": tuple(result["mean"]), "std": tuple(result["std"])}
+    done = call(
+        home, ":kd", "--workdir", "from_file", "--config.teacher.train=None", f"--config.teacher.weights={exported}",
+        "--config.teacher.model={'name': 'resnet8'}", f"--config.teacher.normalisation={how}",
+        f"--config.init.weights={exported}", "--config.epochs=1", "--config.optimizer.learning_rate=1e-9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "teacher: keys of mdistiller" in done.stderr and "student: keys of mdistiller" in done.stderr
+    second = json.loads((home / "from_file" / "result.json").read_text())
+    assert second["teacher_top1"] == result["student_top1"]
+    assert second["student_parameters"] == result["student_parameters"]
+    tree, _ = checkpoint.read(whole / workdir.CHECKPOINTS, which="latest")
+    other, _ = checkpoint.read(home / "from_file" / workdir.CHECKPOINTS, which="latest")
+    name = "student/layer1/0/conv1/kernel"  # at that rate it stays where it began
+    np.testing.assert_allclose(other["params"][name], tree["params"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_imported_directory_says_what_it_is(finished, home, exported):
+    """Neither the network nor its normalisation has to be said again; WKD's class similarity is made from it."""
+    whole, _ = finished
+    result = json.loads((whole / "result.json").read_text())
+    six = ",".join(str(number) for number in (*result["mean"], *result["std"]))
+    out = str(home / "imported")
+    assert weights_main(["import", str(exported), "--model", "resnet8", "--out", out, "--normalisation", six]) == 0
+    done = call(
+        home, ":wkd_l", "--workdir", "from_directory", "--config.teacher.train=None",
+        "--config.teacher.weights=imported", "--config.epochs=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    second = json.loads((home / "from_directory" / "result.json").read_text())
+    assert second["teacher_top1"] == result["student_top1"]
+    assert (home / "from_directory" / "interrelation.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.weights=nowhere.pth"], "nowhere.pth: there is no such file"),
+        (["teacher.weights=FILE"], "teacher.model is not set, and"),
+        (["teacher.weights=FILE", "teacher.model={'name': 'resnet9'}"], "unknown models name 'resnet9'"),
+        (["teacher.weights=FILE", "teacher.model={'name': 'resnet14'}"], "does not fit resnet14"),
+        (["teacher.weights=FILE", "teacher.model={'name': 'resnet14'}"], "It looks like resnet8"),
+        (
+            ["teacher.run=x", "teacher.weights=FILE"],
+            "set exactly one of teacher.run, teacher.train and teacher.weights",
+        ),
+        (["teacher.run=x", "teacher.reset_head=True"], "teacher.reset_head=True: has a meaning with teacher.weights"),
+        (["teacher.weights=FILE", "teacher.normalisation={'mean': (0,0,0)}"], "needs a mean and a std"),
+        (
+            ["teacher.weights=FILE", "teacher.model={'name': 'resnet8'}", "init.weights=x.pth"],
+            "x.pth: there is no such",
+        ),
+        (
+            ["teacher.weights=FILE", "teacher.model={'name': 'resnet8'}", "student.name='vit_tiny_patch16_224'"],
+            "the student vit_tiny_patch16_224 takes images of (224, 224) alone and the data set digits gives (8, 8)",
+        ),
+    ],
+)
+def test_wrong_weights_are_said_before_anything_trains(exported, home, tmp_path, capsys, overrides, message):
+    argv = ["--config", f"{home / 'config.py'}:kd", "--workdir", str(tmp_path / "run"), "--config.teacher.train=None"]
+    argv += [f"--config.{override}".replace("FILE", str(exported)) for override in overrides]
+    assert main.main(argv) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

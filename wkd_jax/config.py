@@ -27,7 +27,11 @@ DEFAULTS: dict[str, Any] = {
     "data": {"name": ""},  # a registered data set and its arguments
     "task": {"name": "classification"},
     "student": {"name": ""},  # a registered model and its arguments
-    "teacher": None,  # or {"run": directory} or {"train": config of the run that makes it}
+    "init": {  # where the student starts
+        "weights": "",  # a file of weights, as in teacher.weights; "": random values
+        "reset_head": False,  # leave the classifier out, whatever its class count in the file
+    },
+    "teacher": None,  # or {"run": directory}, {"train": config of the run that makes it} or {"weights": file}
     "methods": {},  # name -> the method's settings; several add up
     "interrelation": {  # class similarities of the teacher, for the methods that use them
         "kind": "cka",  # cka of class features, cosine of class means, or classifier: cosine of classifier rows
@@ -65,7 +69,15 @@ DEFAULTS: dict[str, Any] = {
     "keep": 2,  # recent checkpoints kept, besides the best
 }
 
-_TEACHER = {"run": "", "train": None, "which": "latest"}  # which: latest or best checkpoint of the teacher's run
+_TEACHER = {  # exactly one of run, train and weights
+    "run": "",  # directory of a finished run
+    "train": None,  # config of the run that makes it
+    "weights": "",  # path, https or gs URL, or a name of `python -m wkd_jax.weights list`
+    "which": "latest",  # of run and train: latest or best checkpoint
+    "model": {},  # of weights: a registered model and its arguments; {}: as the file says
+    "normalisation": {},  # of weights: {"mean": (r, g, b), "std": ...}; {}: as the file says, or else the data set's
+    "reset_head": False,  # of weights: a new random classifier, for methods that use features alone
+}
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (lambda x: re.fullmatch(r"[\w.+-]*\w", x) is not None, "letters, digits and . + - _ alone"),
@@ -133,7 +145,7 @@ def _resolve(given: dict[str, Any], path: str) -> dict[str, Any]:
             raise ValueError(f"{path}{key}={given[key]!r}: needs a section, such as {path}{key}.name")
     merged = _merge({k: v for k, v in DEFAULTS.items() if k not in sections}, given, path, allow=sections)
     merged["data"] = _plugin("data", given.get("data"), f"{path}data")
-    merged["student"] = _plugin("models", given.get("student"), f"{path}student", reserved=_MODEL_ARGUMENTS)
+    merged["student"] = model_section(given.get("student"), f"{path}student")
     merged["task"] = _plugin("tasks", {**DEFAULTS["task"], **(given.get("task") or {})}, f"{path}task")
     methods = given.get("methods") or {}
     merged["methods"] = {
@@ -155,15 +167,52 @@ def _teacher(given: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
     if given is None:
         return None
     merged = _merge(_TEACHER, given, path, allow={"train"})
-    if bool(merged["run"]) == bool(given.get("train")):
+    sources = {key: merged[key] if key != "train" else given.get(key) for key in ("run", "train", "weights")}
+    if sum(map(bool, sources.values())) != 1:
         raise ValueError(
-            f"{path}run={merged['run']!r}: set exactly one of {path}run and {path}train (None switches the other off)"
+            f"{path}run={merged['run']!r}, {path}weights={merged['weights']!r}: set exactly one of {path}run, "
+            f"{path}train and {path}weights (None and '' switch the others off)"
         )
     merged["train"] = _resolve(given["train"], f"{path}train.") if given.get("train") else None
+    if not merged["weights"]:
+        of_weights = ("model", "normalisation", "reset_head")
+        if useless := [key for key in of_weights if merged[key]]:
+            raise ValueError(f"{path}{useless[0]}={merged[useless[0]]!r}: has a meaning with {path}weights alone")
+    if merged["model"]:
+        merged["model"] = model_section(merged["model"], f"{path}model")
+    if merged["normalisation"]:
+        merged["normalisation"] = _normalisation(merged["normalisation"], f"{path}normalisation")
     return merged
 
 
-def _plugin(kind: str, given: dict[str, Any] | None, path: str, reserved: tuple[str, ...] = ()) -> dict[str, Any]:
+def _normalisation(given: Any, path: str) -> dict[str, tuple[float, ...]]:
+    names = ("mean", "std")
+    valid = isinstance(given, Mapping) and {*given} == {*names}
+    if not valid or any(len(given[k]) != 3 or not all(isinstance(x, float | int) for x in given[k]) for k in names):
+        raise ValueError(f"{path}={given!r}: needs a mean and a std, each three numbers, in units of the full range")
+    if not all(x > 0 for x in given["std"]):
+        raise ValueError(f"{path}.std={given['std']!r}: must be above 0")
+    return {name: tuple(float(x) for x in given[name]) for name in names}
+
+
+def model_section(given: Mapping[str, Any] | None, path: str) -> dict[str, Any]:
+    """A registered model's name and arguments, with every default.
+
+    Args:
+      given: {"name": ..., arguments}.
+      path: Of the section, for messages.
+
+    Raises:
+      ValueError: If there is no such model, or it has no such argument, or not of that type.
+
+    Example:
+      >>> model_section({"name": "resnet8", "norm_group_size": None}, "student")
+      {'name': 'resnet8', 'norm_group_size': None}
+    """
+    return _plugin("models", given, path, reserved=_MODEL_ARGUMENTS)
+
+
+def _plugin(kind: str, given: Mapping[str, Any] | None, path: str, reserved: tuple[str, ...] = ()) -> dict[str, Any]:
     """Defaults of a registered factory: its `DEFAULTS`, or the keyword arguments of its signature."""
     given = given or {}
     name = given.get("name")

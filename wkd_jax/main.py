@@ -84,15 +84,13 @@ def execute(config: Mapping[str, Any], directory: pathlib.Path, teacher_director
     Returns:
       The report's path.
     """
-    if teacher := config["teacher"]:
-        if teacher["train"]:
-            source = teacher_directory or config_lib.default_workdir(teacher["train"], str(directory.parent))
-            execute(teacher["train"], source, source / "teacher" if teacher_directory else None)
-        else:
-            source = pathlib.Path(teacher["run"])
-        loop.run(config, directory, source)
-    else:
-        loop.run(config, directory, None)
+    source, teacher = None, config["teacher"]
+    if teacher and teacher["train"]:
+        source = teacher_directory or config_lib.default_workdir(teacher["train"], str(directory.parent))
+        execute(teacher["train"], source, source / "teacher" if teacher_directory else None)
+    elif teacher and teacher["run"]:
+        source = pathlib.Path(teacher["run"])
+    loop.run(config, directory, source)
     return report.write(directory)
 
 

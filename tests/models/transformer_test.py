@@ -333,7 +333,6 @@ def test_normalisations(name, eps):
     last = model.head.norm if name == CONVNEXT else model.norm
     assert {norm.output_dtype for norm in norms.values() if norm is not last} == {jnp.bfloat16}
     assert last.output_dtype is None
-    assert {norm.dtype for norm in norms.values() if norm is not last} == {jnp.bfloat16}
 
 
 @pytest.mark.parametrize("name", [VIT, SWIN, CONVNEXT])
@@ -430,11 +429,12 @@ def test_unknown_tap():
 @pytest.mark.parametrize("rate", [-0.1, 1.0, math.nan, "0.1", None])
 @pytest.mark.parametrize(
     ("name", "setting"),
-    [(name, "drop_path_rate") for name in (VIT, SWIN, CONVNEXT)] + [(VIT, "dropout_rate"), (SWIN, "dropout_rate")],
+    [(name, "drop_path_rate") for name in (VIT, SWIN, CONVNEXT)]
+    + [(name, "dropout_rate") for name in (VIT, SWIN, "mobilenetv2", "wrn_16_1")],
 )
 def test_wrong_rates(name, setting, rate):
     with pytest.raises(ValueError, match=rf"{setting}={rate!r}: must be a number from 0"):
-        build(name, **{setting: rate})()
+        nnx.eval_shape(build(name, **{setting: rate}))
 
 
 @pytest.mark.parametrize("image_size", [(224, 220), (0, 16), (224,), 224, (32.0, 32.0), (16, 16, 3), "224", (-16, 16)])

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import pathlib
 import threading
 
 import files
@@ -61,6 +62,23 @@ def test_names_of_published_weights():
     assert public.by_file("resnet18-f37072fd.pth", "f37072fd" + 56 * "0") is public.PUBLIC["resnet18.tv_in1k"]
     assert public.by_file("resnet18-f37072fd.pth", "a" * 64) is None
     assert public.by_file("ckpt_epoch_240.pth", "a" * 64) is None  # many files have that name
+
+
+def test_the_documents_list_them():
+    """docs/weights.md has a row for every published file, and the styles of every network."""
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    for name, entry in public.PUBLIC.items():
+        top5 = f" / {entry.top5:.2f}" if entry.top5 else ""
+        assert f"| `{name}` | `{entry.model}` | {entry.top1:.2f}{top5} |" in text
+        assert entry.url in text
+    for name in registry.entries("models"):
+        (row,) = [
+            line
+            for line in text.splitlines()
+            if line.startswith("| `") and line.count("|") == 3 and f"`{name}`" in line
+        ]
+        styles = type(files.abstract(name)).KEY_STYLES
+        assert row.endswith(f"| {', '.join(styles)} |")
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ class CifarResNet(Staged):
       ['stage2', 'stage3']
     """
 
+    IMAGE_SIZE: ClassVar[tuple[int, int]] = (32, 32)
     KEY_STYLES: ClassVar[dict[str, KeyStyle]] = {"mdistiller": KeyStyle()}
 
     def __init__(

@@ -77,6 +77,20 @@ def variables(module: nnx.Module) -> Params:
     return _flatten(nnx.state(module, nnx.Any(nnx.BatchStat, Memory)))
 
 
+def update(module: nnx.Module, arrays: Params) -> None:
+    """Replaces arrays of a module, by name; the others stay.
+
+    Raises:
+      ValueError: If it has no array of such a name, or one of another shape.
+    """
+    own = {_name(path): (path, value) for path, value in nnx.to_flat_state(nnx.state(module))}
+    for name, array in arrays.items():
+        shape = own[name][1].get_value().shape if name in own else None
+        if shape != array.shape:
+            raise ValueError(f"{name}: the module has {shape or 'no such array'} and was given {array.shape}")
+    nnx.update(module, nnx.from_flat_state({own[name][0]: jnp.asarray(array) for name, array in arrays.items()}))
+
+
 def under(tree: Params, prefix: str) -> Params:
     """The entries below `prefix`, with it removed.
 

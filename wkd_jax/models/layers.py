@@ -6,6 +6,8 @@ Parameters are always float32; `dtype` is what a layer computes in. Layout is NH
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -281,6 +283,35 @@ class BatchNorm(nnx.Module):
         return shape[0] // size
 
 
+class ConvNorms(nnx.Dict):
+    """Convolutions with a BatchNorm and a ReLU after each, numbered as in torch's Sequential: 0, 1, (ReLU), 3, 4, ...
+
+    Args:
+      convs: The convolutions, in order.
+      norm_group_size: See `layers.BatchNorm`.
+
+    Example:
+      >>> conv = Conv(3, 8, 3, padding=1, rngs=nnx.Rngs(0))
+      >>> sequence = ConvNorms([conv, Conv(8, 4, 1, rngs=nnx.Rngs(1))], norm_group_size=None)
+      >>> sorted(sequence), sequence(jnp.ones((1, 5, 5, 3)), train=False).shape
+      (['0', '1', '3', '4'], (1, 5, 5, 4))
+    """
+
+    def __init__(self, convs: Sequence[Conv], *, norm_group_size: int | None) -> None:
+        super().__init__()
+        for number, conv in enumerate(convs):
+            self[str(3 * number)] = conv
+            self[str(3 * number + 1)] = BatchNorm(conv.out_features, group_size=norm_group_size)
+
+    def __call__(self, x: Array, *, train: bool, last_relu: bool = True) -> Array:
+        """Maps [B, H, W, D]; without `last_relu` the result is that of the last BatchNorm."""
+        for number in range(len(self) // 2):
+            if number:
+                x = nnx.relu(x)
+            x = self[str(3 * number + 1)](self[str(3 * number)](x), train=train)
+        return nnx.relu(x) if last_relu else x
+
+
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation over the last axis (Ba et al., arXiv 1607.06450); statistics and parameters are float32.
 
@@ -368,3 +399,13 @@ def dropout(x: Array, rate: float, *, train: bool, rngs: nnx.Rngs | None, whole_
     shape = (x.shape[0], *(1,) * (x.ndim - 1)) if whole_examples else x.shape
     keep = jax.random.bernoulli(rngs.dropout(), 1 - rate, shape)
     return jnp.where(keep, x / (1 - rate), 0)
+
+
+def check_rate(name: str, rate: Any) -> None:
+    """Refuses a `rate`, of the setting `name`, that is no share of things to drop.
+
+    Raises:
+      ValueError: If it is not a number in [0, 1).
+    """
+    if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+        raise ValueError(f"{name}={rate!r}: must be a number from 0 (drop nothing) to below 1")

@@ -14,13 +14,12 @@ from flax import nnx
 
 from wkd_jax import registry
 from wkd_jax.models.base import KeyStyle, Staged, factories
-from wkd_jax.models.layers import LayerNorm, dropout, mean_over_positions
+from wkd_jax.models.layers import LayerNorm, check_rate, dropout, mean_over_positions
 from wkd_jax.models.transformer import (
     Attention,
     Block,
     PatchEmbed,
     Stage,
-    check_rate,
     drop_path_rates,
     linear,
     normal_02,

@@ -6,7 +6,6 @@ Module names follow timm's (attn/qkv, mlp/fc1, norm1, downsample, blocks/0), whi
 from __future__ import annotations
 
 import functools
-import numbers
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
 
-from wkd_jax.models.layers import Conv, LayerNorm, Linear, dropout
+from wkd_jax.models.layers import Conv, LayerNorm, Linear, check_rate, dropout
 from wkd_jax.types import Array
 
 # "Truncated normal" of the original code bases truncates at +-2, a hundred deviations out: this is what is left of it.
@@ -35,16 +34,6 @@ def gelu(x: Array) -> Array:
       -0.00405
     """
     return jax.nn.gelu(x, approximate=False)
-
-
-def check_rate(name: str, rate: Any) -> None:
-    """Refuses a `rate`, of the setting `name`, that is no share of things to drop.
-
-    Raises:
-      ValueError: If it is not a number in [0, 1).
-    """
-    if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
-        raise ValueError(f"{name}={rate!r}: must be a number from 0 (drop nothing) to below 1")
 
 
 def drop_path_rates(last: float, blocks: int) -> list[float]:

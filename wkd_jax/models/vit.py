@@ -17,8 +17,8 @@ from flax import nnx
 
 from wkd_jax import registry
 from wkd_jax.models.base import KeyStyle, Staged, factories
-from wkd_jax.models.layers import LayerNorm, dropout
-from wkd_jax.models.transformer import Attention, Block, PatchEmbed, check_rate, drop_path_rates, linear, normal_02
+from wkd_jax.models.layers import LayerNorm, check_rate, dropout
+from wkd_jax.models.transformer import Attention, Block, PatchEmbed, drop_path_rates, linear, normal_02
 from wkd_jax.types import Array, ModelInfo, Tap
 
 PATCH = 16

@@ -58,6 +58,8 @@ def _headline(run: Run) -> dict[str, Any]:
             return None if section is None else str(section)
         if section.get("train"):  # of a config: a teacher that is trained first
             return model(section["train"].get("student"))
+        if section.get("weights"):  # of a config: a teacher that somebody else trained
+            return model(section["model"] or section["weights"])
         return str(section.get("name") or section.get("run"))
 
     methods = source.get("methods") or []

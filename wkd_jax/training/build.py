@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from wkd_jax import interrelation, registry
+from wkd_jax import config as config_lib
+from wkd_jax import interrelation, registry, weights
 from wkd_jax.data.base import DataSet
 from wkd_jax.models import functional
 from wkd_jax.models.functional import Structure
@@ -45,6 +46,7 @@ class Run:
       mesh: The devices.
       num_classes: C.
       parameters: Trained parameters of the student, of the methods, and of the teacher (0 without one).
+      notes: What happened to weights on the way in, a sentence each.
     """
 
     program: Program
@@ -53,6 +55,7 @@ class Run:
     mesh: Mesh
     num_classes: int
     parameters: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def abstract_state(self) -> TrainState:
@@ -91,6 +94,32 @@ def network(
     return Network(structure, arrays, module.info, normalisation)
 
 
+def pretrained(config: Mapping[str, Any], data: DataSet) -> tuple[Network, list[str]]:
+    """The network of `teacher.weights`, and sentences about what happened to its weights on the way in.
+
+    Raises:
+      ValueError: If the weights are not of the network that the config or the file names; lists what does not fit.
+      OSError: If the file is not there, or cannot be downloaded.
+    """
+    section, classes = config["teacher"], task(config, data).num_classes
+    file = weights.open_file(section["weights"])
+    described = section["model"] or (file.model and config_lib.model_section(file.model, file.source))
+    if not described:
+        raise ValueError(
+            f"teacher.model is not set, and {file.source} does not say which network it is of. Valid names: "
+            + ", ".join(registry.entries("models"))
+        )
+    make = functools.partial(model, described, classes, config["dtype"], config["seed"])
+    arrays, notes = file.arrays(nnx.eval_shape(make), reset_head=section["reset_head"])
+    if section["reset_head"]:
+        _, params, variables, _ = functional.split(make())
+        arrays = {**params, **variables, **arrays}
+    normalisation = file.normalisation or Normalisation(data.mean, data.std)
+    if section["normalisation"]:
+        normalisation = Normalisation(**section["normalisation"])
+    return network(described, classes, config["dtype"], arrays, normalisation), notes
+
+
 def check(config: Mapping[str, Any]) -> None:
     """Refuses what cannot work in a config, its teacher's included, before anything is trained or compiled.
 
@@ -105,6 +134,8 @@ def check(config: Mapping[str, Any]) -> None:
         check(earlier)
         classes = task(earlier, data_set(earlier["data"])).num_classes
         teacher = nnx.eval_shape(lambda: model(earlier["student"], classes, config["dtype"], 0)).info
+    elif config["teacher"] and config["teacher"]["weights"]:
+        teacher = pretrained(config, data)[0].info
     elif config["teacher"]:
         return  # an existing run: `run` meets it before anything is trained
     sharding.check_batch(config["global_batch_size"], sharding.make_mesh(config["mesh"]))
@@ -115,6 +146,7 @@ def check(config: Mapping[str, Any]) -> None:
         return 0.5 + 0.5 * np.eye(len(data.class_names), dtype=np.float32)  # in place of the one to be computed
 
     learner = nnx.eval_shape(lambda: _learner(config, data, teacher, similarity))
+    _initial(config, learner.student)
     _, params, _, _ = functional.split(learner)
     optimizer.build(config["optimizer"], optimizer.learning_rate(config["optimizer"], _clock(config, data)), params)
 
@@ -147,6 +179,8 @@ def run(
     sharding.check_batch(config["global_batch_size"], mesh)
     clock = _clock(config, data)
     learner = _learner(config, data, teacher.info if teacher else None, similarity)
+    initial, notes = _initial(config, learner.student)
+    functional.update(learner.student, initial)
     structure, params, variables, constants = functional.split(learner)
     schedule = optimizer.learning_rate(config["optimizer"], clock)
     update = optimizer.build(config["optimizer"], schedule, params)
@@ -177,11 +211,18 @@ def run(
         "methods": _size(functional.under(params, "methods")),
         "teacher": _size(_trained(teacher)) if teacher else 0,
     }
-    return Run(program, state, frozen, mesh, program.task.num_classes, parameters)
+    return Run(program, state, frozen, mesh, program.task.num_classes, parameters, tuple(notes))
 
 
 def _clock(config: Mapping[str, Any], data: DataSet) -> Clock:
     return Clock(len(data.labels), config["global_batch_size"], config["epochs"])
+
+
+def _initial(config: Mapping[str, Any], student: nnx.Module) -> tuple[Params, list[str]]:
+    """The arrays that the student starts with instead of random ones, and sentences about where they come from."""
+    if not config["init"]["weights"]:
+        return {}, []
+    return weights.open_file(config["init"]["weights"]).arrays(student, reset_head=config["init"]["reset_head"])
 
 
 def _learner(
@@ -195,6 +236,12 @@ def _learner(
             f"the teacher {teacher.name} has {teacher.num_classes} classes, the data set {data.name} has "
             f"{num_classes}: choose a teacher trained on this data set"
         )
+    for side, info in (("student", student.info), ("teacher", teacher)):
+        if info and info.image_size not in (None, data.image_size):
+            raise ValueError(
+                f"the {side} {info.name} takes images of {info.image_size} alone and the data set {data.name} gives "
+                f"{data.image_size}: set its image_size, or the data set's"
+            )
     setup = Setup(
         student=student.info,
         teacher=teacher,

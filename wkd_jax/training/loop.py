@@ -53,7 +53,8 @@ def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: p
     Args:
       config: Resolved.
       directory: The work directory; made, or recognised as this run's own.
-      teacher_directory: The finished run whose student is the teacher; None for a run without one.
+      teacher_directory: The finished run whose student is the teacher; None where the teacher's weights come from
+        elsewhere, or there is no teacher.
 
     Returns:
       What `result.json` holds.
@@ -68,7 +69,7 @@ def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: p
         if workdir.finished(directory):
             return workdir.read_json(directory / workdir.RESULT)
         data, teacher = build.data_set(config["data"]), None
-        if teacher_directory:
+        if config["teacher"]:
             teacher = teacher_lib.load(config, teacher_directory, data)
         built = build.run(
             config, data, teacher.network if teacher else None, lambda: teacher.similarity(config, data, directory)
@@ -78,8 +79,10 @@ def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: p
             "teacher": teacher.fingerprint if teacher else None,
             "constants": interrelation.hash_arrays(built.frozen.constants),
         }
+        notes = [f"teacher: {note}" for note in (teacher.notes if teacher else ())]
+        notes += [f"student: {note}" for note in built.notes]
         with jax.transfer_guard("disallow"):
-            outcome = _train(config, directory, data, built, identity)
+            outcome = _train(config, directory, data, built, identity, notes)
         arrays = {name: value.tolist() for name, value in outcome.evaluation.items() if np.ndim(value)}
         workdir.write_json(directory / workdir.EVALUATION, {"class_names": list(data.class_names), **arrays})
         result = _result(config, data, built, teacher, outcome) | {"identity": identity}
@@ -88,8 +91,14 @@ def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: p
 
 
 def _train(
-    config: Mapping[str, Any], directory: pathlib.Path, data: DataSet, built: build.Run, identity: Mapping[str, Any]
+    config: Mapping[str, Any],
+    directory: pathlib.Path,
+    data: DataSet,
+    built: build.Run,
+    identity: Mapping[str, Any],
+    notes: list[str],
 ) -> Outcome:
+    """Trains to the end. `notes` are sentences to show when there is something to show them on."""
     program, clock = built.program, built.program.clock
     replicated = NamedSharding(built.mesh, PartitionSpec())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
@@ -108,7 +117,6 @@ def _train(
     state, evaluation, started = built.state, None, time.monotonic()
 
     with contextlib.ExitStack() as stack:
-        notes: list[str] = []  # until there is something to show them on
         checkpoints = stack.enter_context(
             Checkpoints(directory / workdir.CHECKPOINTS, keep=config["keep"], report=notes.append)
         )

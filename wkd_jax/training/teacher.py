@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from wkd_jax.models import functional
 from wkd_jax.training import build, checkpoint, sharding, workdir
 from wkd_jax.training.build import Network
 from wkd_jax.training.progress import Progress
-from wkd_jax.types import Batch, Normalisation
+from wkd_jax.types import Batch, Normalisation, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,15 @@ class Teacher:
 
     Attributes:
       network: Structure and arrays.
-      config: Of the run that made it.
+      config: Of the run that made it; of the run that uses it where its weights came from elsewhere.
       fingerprint: Of its arrays and of how it is fed.
+      notes: What happened to its weights on the way in, a sentence each.
     """
 
     network: Network
     config: Mapping[str, Any]
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
     def similarity(self, config: Mapping[str, Any], data: DataSet, directory: pathlib.Path) -> np.ndarray:
         """The class similarity [C, C] that the config's `interrelation` section asks for.
@@ -103,36 +105,85 @@ class Teacher:
             )
 
 
-def load(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet) -> Teacher:
-    """The student of an earlier run, as a teacher.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The student of a finished run.
+
+    Attributes:
+      config: Resolved, of the run.
+      num_classes: C.
+      image_size: (height, width) of its images, pixels.
+      normalisation: Of its images.
+      arrays: Its parameters and statistics; the moving averages where the run kept some.
+    """
+
+    config: Mapping[str, Any]
+    num_classes: int
+    image_size: tuple[int, int]
+    normalisation: Normalisation
+    arrays: Params
+
+
+def read_run(directory: pathlib.Path, which: Literal["latest", "best"]) -> Trained:
+    """The student of an earlier run.
+
+    Args:
+      directory: The run's work directory.
+      which: Latest or best checkpoint.
+
+    Raises:
+      ValueError: If the directory holds no run, an unfinished one, or its checkpoint is damaged.
+    """
+    if not (directory / workdir.CONFIG).exists():
+        raise ValueError(f"{directory} holds no run (no {workdir.CONFIG}): train one there first")
+    if not workdir.finished(directory):
+        raise ValueError(f"the run in {directory} is not finished: run its config again to go on with it")
+    result = workdir.read_json(directory / workdir.RESULT)
+    try:
+        tree, _ = checkpoint.read(directory / workdir.CHECKPOINTS, which=which)
+    except checkpoint.CheckpointError as error:
+        raise ValueError(
+            f"{error}. To repeat the end of its training, remove the damaged folder and "
+            f"{directory / workdir.RESULT}, and run again"
+        ) from error
+    return Trained(
+        config=config_lib.resolve(result["config"]),
+        num_classes=result["num_classes"],
+        image_size=tuple(result["image_size"]),
+        normalisation=Normalisation(tuple(result["mean"]), tuple(result["std"])),
+        arrays=functional.under({**tree["params"], **tree["variables"], **tree["ema"]}, "student"),
+    )
+
+
+def load(config: Mapping[str, Any], directory: pathlib.Path | None, data: DataSet) -> Teacher:
+    """The teacher of a run: the student of an earlier one, or a network whose weights somebody else trained.
 
     Args:
       config: Resolved, of the run that wants the teacher.
-      directory: The earlier run's work directory.
+      directory: The earlier run's work directory; None where `teacher.weights` says where the teacher is.
       data: Of the run that wants the teacher.
 
     Raises:
       ValueError: If the directory holds no run, an unfinished one, one on images of another size, or its checkpoint
-        is damaged.
+        is damaged; if the weights are not of the network that the config names.
+      OSError: If the weights are not there, or cannot be downloaded.
     """
-    if not (directory / workdir.CONFIG).exists():
-        raise ValueError(f"teacher: {directory} holds no run (no {workdir.CONFIG}): train one there first")
-    if not workdir.finished(directory):
-        raise ValueError(f"teacher: the run in {directory} is not finished: run its config again to go on with it")
-    earlier = workdir.read_json(directory / workdir.RESULT)
+    if directory is None:
+        network, notes = build.pretrained(config, data)
+        return Teacher(network, config, _fingerprint(network), tuple(notes))
     try:
-        tree, _ = checkpoint.read(directory / workdir.CHECKPOINTS, which=config["teacher"]["which"])
-    except checkpoint.CheckpointError as error:
-        raise ValueError(
-            f"teacher: {error}. To repeat the end of its training, remove the damaged folder and "
-            f"{directory / workdir.RESULT}, and run again"
-        ) from error
-    arrays = functional.under({**tree["params"], **tree["variables"], **tree["ema"]}, "student")
-    size = tuple(earlier["image_size"])
+        trained = read_run(directory, config["teacher"]["which"])
+    except ValueError as error:
+        raise ValueError(f"teacher: {error}") from error
+    size = trained.image_size
     if size != data.image_size:
         raise ValueError(f"teacher: {directory} was trained on images of {size}, the data set has {data.image_size}")
-    normalisation = Normalisation(tuple(earlier["mean"]), tuple(earlier["std"]))
-    made_by = config_lib.resolve(earlier["config"])
-    network = build.network(made_by["student"], earlier["num_classes"], config["dtype"], arrays, normalisation)
-    identity = {**arrays, "mean": np.asarray(earlier["mean"]), "std": np.asarray(earlier["std"])}
-    return Teacher(network, made_by, interrelation.hash_arrays(identity))
+    network = build.network(
+        trained.config["student"], trained.num_classes, config["dtype"], trained.arrays, trained.normalisation
+    )
+    return Teacher(network, trained.config, _fingerprint(network))
+
+
+def _fingerprint(network: Network) -> str:
+    how = {"mean": np.asarray(network.normalisation.mean), "std": np.asarray(network.normalisation.std)}
+    return interrelation.hash_arrays({**network.arrays, **how})

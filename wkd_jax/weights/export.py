@@ -47,7 +47,7 @@ def to_torch(
         raise ValueError(registry.unknown(f"key style of {model.info.name}", style, styles))
     entries = keys.layout({name: tuple(array.shape) for name, array in arrays.items()}, styles[style])
     tensors = {entry.key: keys.to_torch(name, np.asarray(arrays[name]), entry.shape) for name, entry in entries.items()}
-    write_file(path, tensors, {"format": "pt"})  # what loaders of PyTorch look for
+    write_file(path, {**tensors, **model.buffers(style)}, {"format": "pt"})  # what loaders of PyTorch look for
 
 
 def to_orbax(path: str | os.PathLike[str], model: Staged, arrays: Mapping[str, Any]) -> None:
