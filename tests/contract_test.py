@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from wkd_jax import config as config_lib
 from wkd_jax import registry
 from wkd_jax.data.memory import MemoryDataSet, Split
-from wkd_jax.models import functional
+from wkd_jax.models import functional, swin, vit
 from wkd_jax.training import build, sharding
 from wkd_jax.types import Batch, Normalisation
 
@@ -64,14 +64,14 @@ def batch(built: build.Run, step: int = 0) -> Batch:
     return sharding.global_batch(local, built.mesh)
 
 
-def steps(built: build.Run, count: int):
+def steps(built: build.Run, count: int, *, same_batch: bool = False):
     """Runs the train step a few times; gives the state, the metrics of each step, and the number of compilations."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
     replicated = NamedSharding(built.mesh, PartitionSpec())
     step = jax.jit(built.program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
     state, metrics = built.state, []
     for number in range(count):
-        state, values = step(state, built.frozen, batch(built, number))
+        state, values = step(state, built.frozen, batch(built, 0 if same_batch else number))
         metrics.append(jax.device_get(values))
     return state, metrics, step._cache_size()
 
@@ -92,6 +92,29 @@ def test_eight_devices_equal_one(method):
         scale = np.abs(moved[0]).max()
         assert scale > 0 or name.endswith("bias"), name
         np.testing.assert_allclose(*moved, atol=5e-3 * scale + 1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"name": "vit_tiny_patch16_224", "image_size": (16, 16), "dropout_rate": 0.1},
+        {"name": "swin_pico_patch4_window7_224", "drop_path_rate": 0.3},
+    ],
+    ids=lambda student: student["name"],
+)
+def test_students_that_draw_at_random(student, monkeypatch):
+    """Dropout and stochastic depth come from the step's key: the same on any number of devices, new in every step."""
+    monkeypatch.setattr(vit, "DEPTH", 2)
+    monkeypatch.setitem(swin.SPECS, "swin_pico_patch4_window7_224", swin.Spec(24, (2, 1, 1, 1), (2, 4, 8, 16)))
+    changes = {"student": student, "optimizer": {"learning_rate": 1e-12}, "task": {"flip": False, "pad": 0}}
+    runs = [make("kd", devices, **changes) for devices in (1, 8)]
+    (one, _), (eight, compilations) = (steps(built, 2, same_batch=True)[1:] for built in runs)
+    assert compilations == 1
+    for left, right in zip(one, eight, strict=True):
+        for name in left:
+            np.testing.assert_allclose(left[name], right[name], rtol=2e-3, atol=1e-6, err_msg=name)
+    # Nothing is learned at that rate and the batch is the same, so only the draws differ.
+    assert abs(one[0]["total"] - one[1]["total"]) > 1e-4
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -148,6 +148,13 @@ def test_settings():
     assert not any(settings.values())
 
 
+@pytest.mark.parametrize("name", ["mobilenetv2", "wrn_16_1"])
+@pytest.mark.parametrize("rate", [-0.1, 1.0, "0.1"])
+def test_wrong_rates(name, rate):
+    with pytest.raises(ValueError, match=rf"dropout_rate={rate!r}: must be a number from 0"):
+        build(name, dropout_rate=rate)()
+
+
 def test_channel_shuffle():
     x = np.arange(2 * 3 * 12).reshape(2, 3, 12)
     want = np.empty_like(x)

@@ -62,10 +62,15 @@ def test_forward_from_continues(filled, train):
 
 def test_zero_init_residual():
     """timm's start: the last normalisation of every block, and nothing else, at 0."""
-    params = functional.split(build("resnet18", zero_init_residual=True)())[1]
-    zero = {name for name, value in params.items() if name.endswith("scale") and not value.any()}
+
+    @jax.jit  # which leaves out what is drawn for the others
+    def scales():
+        params = functional.split(build("resnet18", zero_init_residual=True)())[1]
+        return {name: value for name, value in params.items() if name.endswith("scale")}
+
+    zero = {name for name, value in scales().items() if not value.any()}
     assert zero == {f"layer{i}/{j}/bn2/scale" for i in (1, 2, 3, 4) for j in (0, 1)}
-    assert nnx.eval_shape(build("resnet50")).layer1[0].last_norm.scale[...].shape == (256,)
+    assert nnx.eval_shape(build("resnet50")).layer1[0].last_norm.scale.shape == (256,)
 
 
 def test_norm_group_size_reaches_every_norm():

@@ -429,12 +429,11 @@ def test_unknown_tap():
 @pytest.mark.parametrize("rate", [-0.1, 1.0, math.nan, "0.1", None])
 @pytest.mark.parametrize(
     ("name", "setting"),
-    [(name, "drop_path_rate") for name in (VIT, SWIN, CONVNEXT)]
-    + [(name, "dropout_rate") for name in (VIT, SWIN, "mobilenetv2", "wrn_16_1")],
+    [(name, "drop_path_rate") for name in (VIT, SWIN, CONVNEXT)] + [(name, "dropout_rate") for name in (VIT, SWIN)],
 )
 def test_wrong_rates(name, setting, rate):
     with pytest.raises(ValueError, match=rf"{setting}={rate!r}: must be a number from 0"):
-        nnx.eval_shape(build(name, **{setting: rate}))
+        build(name, **{setting: rate})()
 
 
 @pytest.mark.parametrize("image_size", [(224, 220), (0, 16), (224,), 224, (32.0, 32.0), (16, 16, 3), "224", (-16, 16)])

@@ -77,7 +77,7 @@ def test_the_documents_list_them():
             for line in text.splitlines()
             if line.startswith("| `") and line.count("|") == 3 and f"`{name}`" in line
         ]
-        styles = type(files.abstract(name)).KEY_STYLES
+        styles = registry.get("models", name).family.KEY_STYLES
         assert row.endswith(f"| {', '.join(styles)} |")
 
 

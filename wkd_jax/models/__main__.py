@@ -6,6 +6,7 @@ python -m wkd_jax.models [NAME ...] [--num_classes C] [--image_size H W]
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 
@@ -46,10 +47,10 @@ def row(name: str, num_classes: int | None, image_size: tuple[int, int] | None) 
     """The cells of one network."""
     public = [entry for entry in PUBLIC.values() if entry.model == name]
     factory = registry.get("models", name)
-    small = nnx.eval_shape(lambda: factory(1, rngs=nnx.Rngs(0)))
-    image_size = image_size or type(small).IMAGE_SIZE
+    image_size = image_size or factory.family.IMAGE_SIZE
     num_classes = num_classes or (public[0].num_classes if public else 1000 if image_size[0] == 224 else 100)
-    settings = {"image_size": image_size} if small.info.image_size else {}
+    takes_size = "image_size" in inspect.signature(factory).parameters
+    settings = {"image_size": image_size} if takes_size else {}
     model = nnx.eval_shape(lambda: factory(num_classes, rngs=nnx.Rngs(0), **settings))
     accuracies = [f"{e.top1:.2f}" + (f" / {e.top5:.2f}" if e.top5 else "") for e in public]
     return (

@@ -121,7 +121,7 @@ def factories(family: type[Staged], names: Iterable[str]) -> dict[str, Callable[
     """Registry entries of a family: a function for each name, called as factory(num_classes, *, rngs, ...).
 
     Configs are checked against the signatures of factories, and that of an NNX class is (*args, **kwargs); these have
-    the one of its `__init__`, less the name.
+    the one of its `__init__`, less the name. Their attribute `family` is the class.
     """
 
     def factory(name: str) -> Callable[..., Staged]:
@@ -131,6 +131,7 @@ def factories(family: type[Staged], names: Iterable[str]) -> dict[str, Callable[
         signature = inspect.signature(family.__init__)
         build.__signature__ = signature.replace(parameters=list(signature.parameters.values())[2:])  # type: ignore[attr-defined]
         build.__doc__ = family.__doc__
+        build.family = family  # type: ignore[attr-defined]
         return build
 
     return {name: factory(name) for name in names}

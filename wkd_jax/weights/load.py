@@ -98,7 +98,8 @@ def open_file(source: str | os.PathLike[str]) -> WeightsFile:
       WeightsError: If the file cannot be read; see `wkd_jax.weights.state.read`.
       OSError: If it is not there, or cannot be downloaded.
     """
-    source, public = str(source), PUBLIC.get(str(source))
+    source = str(source)
+    public = PUBLIC.get(source) or next((entry for entry in PUBLIC.values() if entry.url == source), None)
     url = public.url if public else source
     path = fetch(url) if "://" in url else pathlib.Path(url)
     if path.is_dir():
