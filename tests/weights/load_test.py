@@ -116,8 +116,10 @@ def test_a_url_and_a_published_name(tmp_path, monkeypatch):
         named = weights.open_file("mine")
         server.shutdown()
     assert (named.model, named.normalisation) == ({"name": "resnet18"}, public.IMAGENET)
-    again = weights.open_file(url)  # of the cache: nobody serves any more
-    assert again.sha256 == named.sha256 and again.model == {}
+    again = weights.open_file(url)  # of the cache: nobody serves any more; and its address is known
+    assert again.sha256 == named.sha256 and again.model == named.model
+    monkeypatch.delitem(public.PUBLIC, "mine")
+    assert weights.open_file(url).model == {}
     np.testing.assert_array_equal(again.arrays(model)[0]["fc/kernel"], arrays["fc/kernel"])
 
 
