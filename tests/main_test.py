@@ -392,7 +392,13 @@ def test_an_imported_directory_says_what_it_is(finished, home, exported):
             ["teacher.run=x", "teacher.weights=FILE"],
             "set exactly one of teacher.run, teacher.train and teacher.weights",
         ),
-        (["teacher.run=x", "teacher.reset_head=True"], "teacher.reset_head=True: has a meaning with teacher.weights"),
+        (["teacher.run=x", "teacher.model={'name': 'resnet8'}"], "has a meaning with teacher.weights alone"),
+        (
+            ["teacher.weights=FILE", "teacher.which=best"],
+            "teacher.which='best': has a meaning with teacher.run and train",
+        ),
+        (["teacher.weights=FILE", "teacher.model=resnet8"], "teacher.model='resnet8': needs a section, such as"),
+        (["teacher.weights=FILE", "teacher.normalisation={'mean': 1, 'std': 2}"], "needs a mean and a std"),
         (["teacher.weights=FILE", "teacher.normalisation={'mean': (0,0,0)}"], "needs a mean and a std"),
         (
             ["teacher.weights=FILE", "teacher.model={'name': 'resnet8'}", "init.weights=x.pth"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "student": {"name": ""},  # a registered model and its arguments
     "init": {  # where the student starts
         "weights": "",  # a file of weights, as in teacher.weights; "": random values
-        "reset_head": False,  # leave the classifier out, whatever its class count in the file
+        "reset_head": False,  # a new random classifier, whatever its class count in the file
     },
     "teacher": None,  # or {"run": directory}, {"train": config of the run that makes it} or {"weights": file}
     "methods": {},  # name -> the method's settings; several add up
@@ -76,7 +77,6 @@ _TEACHER = {  # exactly one of run, train and weights
     "which": "latest",  # of run and train: latest or best checkpoint
     "model": {},  # of weights: a registered model and its arguments; {}: as the file says
     "normalisation": {},  # of weights: {"mean": (r, g, b), "std": ...}; {}: as the file says, or else the data set's
-    "reset_head": False,  # of weights: a new random classifier, for methods that use features alone
 }
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -174,11 +174,14 @@ def _teacher(given: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
             f"{path}train and {path}weights (None and '' switch the others off)"
         )
     merged["train"] = _resolve(given["train"], f"{path}train.") if given.get("train") else None
-    if not merged["weights"]:
-        of_weights = ("model", "normalisation", "reset_head")
-        if useless := [key for key in of_weights if merged[key]]:
-            raise ValueError(f"{path}{useless[0]}={merged[useless[0]]!r}: has a meaning with {path}weights alone")
+    useless = ("which",) if merged["weights"] else ("model", "normalisation")
+    for key in useless:
+        if merged[key] != _TEACHER[key]:
+            source = "run and train" if merged["weights"] else "weights"
+            raise ValueError(f"{path}{key}={merged[key]!r}: has a meaning with {path}{source} alone")
     if merged["model"]:
+        if not isinstance(merged["model"], Mapping):
+            raise ValueError(f"{path}model={merged['model']!r}: needs a section, such as {{'name': 'resnet34'}}")
         merged["model"] = model_section(merged["model"], f"{path}model")
     if merged["normalisation"]:
         merged["normalisation"] = _normalisation(merged["normalisation"], f"{path}normalisation")
@@ -188,10 +191,11 @@ def _teacher(given: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
 def _normalisation(given: Any, path: str) -> dict[str, tuple[float, ...]]:
     names = ("mean", "std")
     valid = isinstance(given, Mapping) and {*given} == {*names}
-    if not valid or any(len(given[k]) != 3 or not all(isinstance(x, float | int) for x in given[k]) for k in names):
+    if not valid or not all(isinstance(given[k], list | tuple) and len(given[k]) == 3 for k in names):
         raise ValueError(f"{path}={given!r}: needs a mean and a std, each three numbers, in units of the full range")
-    if not all(x > 0 for x in given["std"]):
-        raise ValueError(f"{path}.std={given['std']!r}: must be above 0")
+    numbers = [*given["mean"], *given["std"]]
+    if not all(isinstance(x, float | int) and math.isfinite(x) for x in numbers) or min(numbers[3:]) <= 0:
+        raise ValueError(f"{path}={given!r}: needs finite numbers, and every std above 0")
     return {name: tuple(float(x) for x in given[name]) for name in names}
 
 

@@ -7,6 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from wkd_jax import weights
 from wkd_jax.models.__main__ import main as models_main
+from wkd_jax.weights import public
 from wkd_jax.weights.__main__ import main
 
 
@@ -37,25 +38,56 @@ def test_import_then_export(tmp_path, file, capsys):
     ("arguments", "message"),
     [
         (["import", "FILE", "--out", "OUT"], "does not say which network it is of: give --model"),
-        (
-            ["import", "FILE", "--model", "resnet8", "--out", "OUT"],
-            "give --normalisation imagenet, inception, cifar100",
-        ),
         (["import", "FILE", "--model", "resnet8x", "--out", "OUT"], "did you mean 'resnet8x4'"),
         (["import", "FILE", "--model", "resnet8", "--num_classes", "9", "--out", "OUT"], "has 7 classes and resnet8"),
         (["import", "FILE", "--model", "resnet8", "--set", "width=3", "--out", "OUT"], "unknown key 'width'"),
         (["import", "FILE", "--model", "resnet8", "--set", "width", "--out", "OUT"], "write --set width=VALUE"),
         (["import", "FILE", "--model", "resnet8", "--normalisation", "1,2", "--out", "OUT"], "or six numbers"),
+        (["import", "FILE", "--model", "resnet8", "--normalisation", "1,2,3,nan,1,1", "--out", "OUT"], "six numbers"),
+        (["import", "FILE", "--model", "resnet8", "--num_classes", "0", "--out", "OUT"], "must be 1 or more"),
+        (["import", "FILE", "--model", "resnet14", "--out", "OUT"], "It looks like resnet8"),
+        (["import", "FILE", "--model", "resnet8", "--out", "HERE"], "exists already: remove it"),
+        (["export", "FILE", "--to", "torch", "--out", "OUT"], "is a file: import it first"),
+        (["export", "HERE", "--to", "torch", "--out", "FILE"], "exists already: remove it"),
+        (["export", "HERE", "--to", "torch", "--which", "best", "--out", "OUT"], "has a meaning with a run alone"),
+        (["export", "HERE", "--to", "torch", "--image_size", "8", "8", "--out", "OUT"], "with --to serving alone"),
+        (
+            ["export", "HERE", "--to", "serving", "--image_size", "8", "8", "--out", "OUT"],
+            "import with --normalisation",
+        ),
         (["export", "OUT", "--to", "torch", "--out", "OUT"], "holds no run"),
         (["export", "OUT", "--to", "flax", "--style", "timm", "--out", "OUT"], "has a meaning with --to torch alone"),
     ],
 )
 def test_faults(tmp_path, file, capsys, arguments, message):
-    words = [word.replace("FILE", str(file)).replace("OUT", str(tmp_path / "out")) for word in arguments]
+    if "HERE" in arguments:
+        assert main(["import", str(file), "--model", "resnet8", "--out", str(tmp_path / "here")]) == 0
+        assert "how the network wants its images is not known" in capsys.readouterr().out
+    names = {"FILE": str(file), "OUT": str(tmp_path / "out"), "HERE": str(tmp_path / "here")}
+    words = [names.get(word, word) for word in arguments]
     assert main(words) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and message in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_importing_an_import_keeps_what_it_says(tmp_path):
+    """Settings and normalisation come along; what is given anew wins."""
+    model = files.abstract("vit_tiny_patch16_224", 7, image_size=(112, 448))
+    save_file(
+        files.state_dict(model, files.random_arrays(model)), tmp_path / "vit.safetensors", {"image_size": "[112, 448]"}
+    )
+    words = ["--model", "vit_tiny_patch16_224", "--set", "image_size=(112, 448)", "--normalisation", "inception"]
+    assert main(["import", str(tmp_path / "vit.safetensors"), *words, "--out", str(tmp_path / "one")]) == 0
+    assert main(["import", str(tmp_path / "one"), "--out", str(tmp_path / "two")]) == 0
+    one, two = (weights.open_file(tmp_path / name) for name in ("one", "two"))
+    assert one.model == two.model and one.model["image_size"] == (112, 448)
+    assert one.normalisation == two.normalisation == public.INCEPTION
+    assert one.state.arrays["pos_embed"].tobytes() == two.state.arrays["pos_embed"].tobytes()
+    assert (
+        main(["import", str(tmp_path / "one"), "--set", "image_size=(32, 32)", "--out", str(tmp_path / "three")]) == 0
+    )
+    assert weights.open_file(tmp_path / "three").state.arrays["pos_embed"].shape == (1, 5, 192)
 
 
 def test_serving_needs_a_size(tmp_path, file, capsys):

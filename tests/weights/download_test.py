@@ -360,3 +360,17 @@ def test_progress_is_shown_on_a_terminal_only(server, tmp_path, capfd, monkeypat
     shown = capfd.readouterr()
     assert NAME in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "digits"),
+    [
+        ("resnet34-b627a593.pth", "b627a593"),
+        ("s-0123456789abcdef.npz", "0123456789abcdef"),
+        ("net-20200824.pth", ""),  # a date
+        ("step-00010000.pth", ""),
+        ("net-b627.pth", ""),
+    ],
+)
+def test_hashes_in_names(name, digits):
+    assert download._parse(f"https://example.org/{name}").sha256 == digits

@@ -1,5 +1,7 @@
 """What is written for others: PyTorch's keys, nested dicts, and a function that serves any number of images."""
 
+import pathlib
+
 import files
 import jax
 import numpy as np
@@ -36,9 +38,45 @@ def test_import_after_export_is_bit_identical(tmp_path, name, style):
         assert got[key].tobytes() == value.tobytes()
 
 
+def test_an_exported_vit_tells_its_grid(tmp_path):
+    """196 patches that are 7 x 28 come back as they were."""
+    model = files.abstract("vit_tiny_patch16_224", image_size=(112, 448))
+    arrays = files.random_arrays(model)
+    export.to_torch(tmp_path / "x.safetensors", model, arrays)
+    got, notes = weights.open_file(tmp_path / "x.safetensors").arrays(model)
+    assert got["pos_embed"].tobytes() == arrays["pos_embed"].tobytes() and len(notes) == 1
+
+
+@pytest.mark.parametrize("kind", ["torch", "serving"])
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch, kind):
+    model = files.abstract("resnet8")
+    arrays = files.random_arrays(model)
+    how = Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+
+    def write(path):
+        if kind == "torch":
+            export.to_torch(path, model, arrays)
+        else:
+            export.to_serving(path, model, arrays, how, (8, 8))
+
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder is a folder: give the name of a file"):
+        write(tmp_path / "folder")
+
+    def fail(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "deep" / "x")
+    assert not [*(tmp_path / "deep").iterdir()]
+
+
 def test_unknown_style(tmp_path):
     model = files.abstract("resnet18")
-    with pytest.raises(ValueError, match="unknown key style of resnet18 'tim'.*Valid: torchvision, mmclassification"):
+    with pytest.raises(
+        ValueError, match="unknown key style of resnet18 'tim'.*Valid: torchvision, timm, mmclassification"
+    ):
         export.to_torch(tmp_path / "x", model, files.random_arrays(model), style="tim")
 
 

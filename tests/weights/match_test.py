@@ -102,9 +102,15 @@ def test_missing_left_over_and_shapes_in_one_message(network, arrays):
     assert text.endswith("Most of it fits, so the file is of a changed resnet18 or not whole")
 
 
-def test_no_network_at_all(network, monkeypatch):
-    few = {name: registry.get("models", name) for name in ("resnet18", "resnet34", "vgg8")}  # each takes a moment
-    monkeypatch.setattr(registry, "entries", lambda kind: few)
+@pytest.fixture(name="few")
+def _few(monkeypatch):
+    """Few networks to look a file up in, since each takes a moment."""
+    found = {name: registry.get("models", name) for name in ("resnet18", "resnet34", "vgg8")}
+    monkeypatch.setattr(registry, "entries", lambda kind: found)
+
+
+@pytest.mark.usefixtures("few")
+def test_no_network_at_all(network):
     with pytest.raises(WeightsError, match="missing 102 of 102: .* left over 1: bias. It fits no network of this pack"):
         read({"bias": np.ones(3)}, network)
 
@@ -113,7 +119,9 @@ def test_another_class_count(network):
     other = files.abstract("resnet18", 7)
     arrays = files.random_arrays(other)
     state = files.state_dict(other, arrays)
-    with pytest.raises(WeightsError, match="its classifier has 7 classes and resnet18 is wanted with 10: .*reset_head"):
+    with pytest.raises(
+        WeightsError, match=r"its classifier has 7 classes and resnet18 is wanted with 10\. .*reset_head"
+    ):
         read(state, network)
     with pytest.raises(WeightsError, match="has 7 classes"):
         read(arrays, network, native=True)
@@ -166,4 +174,43 @@ def test_position_embeddings_are_resized(size):
     got, notes = read(files.state_dict(large, arrays), model)
     assert got["pos_embed"].shape == match.shapes_of(model)["pos_embed"]
     np.testing.assert_array_equal(got["pos_embed"][:, 0], arrays["pos_embed"][:, 0])  # the class token's
-    assert any("resized pos_embed from (1, 197, 192)" in note for note in notes)
+    assert any("resized pos_embed from 14 x 14 patches to" in note for note in notes)
+
+
+def test_as_many_patches_in_another_grid():
+    """7 x 28 patches are 196, as 14 x 14 are, and in another order."""
+    square = files.abstract("vit_tiny_patch16_224")
+    arrays = files.random_arrays(square)
+    model = files.abstract("vit_tiny_patch16_224", image_size=(112, 448))
+    state = files.state_dict(square, arrays)
+    got, notes = read(state, model)
+    assert "resized pos_embed from 14 x 14 patches to 7 x 28" in notes
+    assert np.abs(got["pos_embed"] - arrays["pos_embed"]).max() > 0.1
+    # A file that says what it is for is believed.
+    fit = match.best(state, model)
+    got, notes = match.convert(fit, model, "FILE", reset_head=False, grid=(7, 28))
+    np.testing.assert_array_equal(got["pos_embed"], arrays["pos_embed"])
+    got, notes = match.convert(match.best(state, square), square, "FILE", reset_head=False, grid=(7, 28))
+    assert "resized pos_embed from 7 x 28 patches to 14 x 14" in notes
+
+
+def test_a_grid_that_is_not_told():
+    """2 x 3 patches, in a file that does not say so: read where as many are wanted, refused elsewhere."""
+    arrays = files.random_arrays(source := files.abstract("vit_tiny_patch16_224", image_size=(32, 48)))
+    state = files.state_dict(source, arrays)
+    np.testing.assert_array_equal(read(state, source)[0]["pos_embed"], arrays["pos_embed"])
+    with pytest.raises(WeightsError, match=r"of another shape 1: pos_embed \(1, 7, 192\) instead of \(1, 17, 192\)"):
+        read(state, files.abstract("vit_tiny_patch16_224", image_size=(64, 64)))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("key", ["module." * 3000 + "x", "x" * 5000])
+def test_keys_out_of_all_proportion(network, key):
+    with pytest.raises(WeightsError, match="does not fit resnet18"):
+        match.check(match.best({key: np.ones(1)}, network), network, "FILE", without_head=True)
+
+
+def test_keys_of_mmclassification(network, arrays):
+    state = files.state_dict(network, arrays, "mmclassification")
+    assert {"backbone.conv1.weight", "backbone.layer1.0.bn2.running_var", "head.fc.weight", "head.fc.bias"} < {*state}
+    assert all(key.startswith(("backbone.", "head.fc.")) for key in state)

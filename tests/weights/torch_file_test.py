@@ -292,7 +292,7 @@ def test_a_storage_view_of_the_older_format(read):
         (b'{"message": "Not Found"}', "JSON"),
         (b"\x1f\x8b\x08\x00" + bytes(20), "gzip"),
         (b"\x89HDF\r\n\x1a\n" + bytes(20), "HDF5"),
-        (b"\x93NUMPY\x01\x00" + bytes(20), "numpy.load"),
+        (b"\x93NUMPY\x01\x00" + bytes(20), "one NumPy array"),
         (struct.pack("<Q", 2) + b"{}" + bytes(4), "safetensors"),
         (bytes(257) + b"ustar\x0000" + bytes(500), "tar archive"),
         (b"Not Found", "no pickle at byte"),

@@ -17,6 +17,8 @@ from wkd_jax.models import cost
 from wkd_jax.types import ModelInfo
 from wkd_jax.weights.public import PUBLIC
 
+WIDTHS = (28, 7, 11, 11, 7, 43, 0)  # of the columns
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
@@ -30,17 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="default: 224, or 32 of CIFAR nets")
     args = parser.parse_args(argv)
     try:
-        names = args.names or registry.entries("models")
-        rows = [row(name, args.num_classes, args.image_size and tuple(args.image_size)) for name in names]
+        show("network", "classes", "parameters", "MACs", "image", "published top-1 / top-5, %", "taps")
+        for name in args.names or registry.entries("models"):
+            show(*row(name, args.num_classes, args.image_size and tuple(args.image_size)))
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    header = ("network", "classes", "parameters", "MACs", "image", "taps", "published top-1 / top-5, %")
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for cells in (header, *rows):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        sys.stdout.write(line.rstrip() + "\n")
     return 0
+
+
+def show(*cells: str) -> None:
+    """Prints a line at once, since each network takes a moment."""
+    sys.stdout.write("  ".join(map(str.ljust, cells, WIDTHS)).rstrip() + "\n")
+    sys.stdout.flush()
 
 
 def row(name: str, num_classes: int | None, image_size: tuple[int, int] | None) -> tuple[str, ...]:
@@ -59,8 +63,8 @@ def row(name: str, num_classes: int | None, image_size: tuple[int, int] | None) 
         f"{cost.parameters(model):,}",
         f"{cost.macs(model, image_size) / 1e9:.4f} G",
         f"{image_size[0]}x{image_size[1]}",
-        " ".join(taps(model.info)),
         ", ".join(accuracies) or "-",
+        " ".join(taps(model.info)),
     )
 
 

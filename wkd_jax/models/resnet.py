@@ -137,6 +137,7 @@ class ResNet(Staged):
 
     KEY_STYLES: ClassVar[dict[str, KeyStyle]] = {
         "torchvision": KeyStyle(),
+        "timm": KeyStyle(),
         "mmclassification": KeyStyle(((r"^(?!fc\.)", "backbone."), (r"^fc\.", "head.fc."))),
     }
 

@@ -109,21 +109,21 @@ def pretrained(config: Mapping[str, Any], data: DataSet) -> tuple[Network, list[
             f"teacher.model is not set, and {file.source} does not say which network it is of. Valid names: "
             + ", ".join(registry.entries("models"))
         )
-    make = functools.partial(model, described, classes, config["dtype"], config["seed"])
-    arrays, notes = file.arrays(nnx.eval_shape(make), reset_head=section["reset_head"])
-    if section["reset_head"]:
-        _, params, variables, _ = functional.split(make())
-        arrays = {**params, **variables, **arrays}
-    normalisation = file.normalisation or Normalisation(data.mean, data.std)
+    arrays, notes = file.arrays(nnx.eval_shape(lambda: model(described, classes, config["dtype"], 0)))
+    normalisation = file.normalisation
     if section["normalisation"]:
         normalisation = Normalisation(**section["normalisation"])
+    elif normalisation is None:
+        normalisation = Normalisation(data.mean, data.std)
+        notes.append("fed like the data set: neither the file nor teacher.normalisation says how its images were")
     return network(described, classes, config["dtype"], arrays, normalisation), notes
 
 
 def check(config: Mapping[str, Any]) -> None:
     """Refuses what cannot work in a config, its teacher's included, before anything is trained or compiled.
 
-    Everything is built, but abstractly: no parameter is computed.
+    Everything is built, but abstractly: no parameter is computed. Files of weights are read, since a wrong one is to be
+    known before hours are spent on a teacher.
 
     Raises:
       ValueError: As `run`.
@@ -146,7 +146,7 @@ def check(config: Mapping[str, Any]) -> None:
         return 0.5 + 0.5 * np.eye(len(data.class_names), dtype=np.float32)  # in place of the one to be computed
 
     learner = nnx.eval_shape(lambda: _learner(config, data, teacher, similarity))
-    _initial(config, learner.student)
+    _initial(config, data, learner.student)
     _, params, _, _ = functional.split(learner)
     optimizer.build(config["optimizer"], optimizer.learning_rate(config["optimizer"], _clock(config, data)), params)
 
@@ -179,7 +179,7 @@ def run(
     sharding.check_batch(config["global_batch_size"], mesh)
     clock = _clock(config, data)
     learner = _learner(config, data, teacher.info if teacher else None, similarity)
-    initial, notes = _initial(config, learner.student)
+    initial, notes = _initial(config, data, learner.student)
     functional.update(learner.student, initial)
     structure, params, variables, constants = functional.split(learner)
     schedule = optimizer.learning_rate(config["optimizer"], clock)
@@ -218,11 +218,15 @@ def _clock(config: Mapping[str, Any], data: DataSet) -> Clock:
     return Clock(len(data.labels), config["global_batch_size"], config["epochs"])
 
 
-def _initial(config: Mapping[str, Any], student: nnx.Module) -> tuple[Params, list[str]]:
+def _initial(config: Mapping[str, Any], data: DataSet, student: nnx.Module) -> tuple[Params, list[str]]:
     """The arrays that the student starts with instead of random ones, and sentences about where they come from."""
     if not config["init"]["weights"]:
         return {}, []
-    return weights.open_file(config["init"]["weights"]).arrays(student, reset_head=config["init"]["reset_head"])
+    file = weights.open_file(config["init"]["weights"])
+    arrays, notes = file.arrays(student, reset_head=config["init"]["reset_head"])
+    if file.normalisation not in (None, Normalisation(data.mean, data.std)):
+        notes.append(f"fed like the data set, and its weights were made with {file.normalisation}")
+    return arrays, notes
 
 
 def _learner(

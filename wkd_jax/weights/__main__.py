@@ -10,19 +10,17 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from flax import nnx
-
 from wkd_jax import config as config_lib
 from wkd_jax import registry, weights
-from wkd_jax.training import build
 from wkd_jax.training.teacher import read_run
 from wkd_jax.types import Normalisation, Params
-from wkd_jax.weights import export, public
+from wkd_jax.weights import export, match, public
 
 NORMALISATIONS = {"imagenet": public.IMAGENET, "inception": public.INCEPTION, "cifar100": public.CIFAR100}
 FORMATS = ("torch", "flax", "orbax", "serving")
@@ -64,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument(
         "--normalisation",
         help=f"how the network wants its images: {', '.join(NORMALISATIONS)}, or six numbers, mean and std of r, g, b "
-        "in units of the full range, with commas; default: as listed",
+        "in units of the full range, with commas; default: as listed, or left open",
     )
     reading.set_defaults(run=_import)
 
@@ -79,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     writing.add_argument("--out", required=True, type=pathlib.Path, help="file (torch, serving) or directory to write")
     writing.add_argument("--style", help="whose keys, with --to torch; default: the first of the network's styles")
-    writing.add_argument("--which", choices=("latest", "best"), default="latest", help="checkpoint of the run")
+    writing.add_argument("--which", choices=("latest", "best"), help="checkpoint of the run; default: latest")
     writing.add_argument(
         "--image_size", type=int, nargs=2, metavar=("H", "W"), help="with --to serving; default: the run's"
     )
@@ -98,19 +96,23 @@ def _list(args: argparse.Namespace) -> list[str]:
 
 
 def _import(args: argparse.Namespace) -> list[str]:
+    _refuse_existing(args.out / weights.NATIVE_FILE)
+    given = _normalisation(args.normalisation)
+    if args.num_classes is not None and args.num_classes < 1:
+        raise ValueError(f"--num_classes {args.num_classes}: must be 1 or more")
     file = weights.open_file(args.source)
     name = args.model or file.model.get("name")
     if not name:
         raise ValueError(f"{args.source}: does not say which network it is of: give --model")
-    model = config_lib.model_section({"name": name, **dict(_setting(text) for text in args.set)}, "--set ")
+    known = file.model if name == file.model.get("name") else {"name": name}
+    model = config_lib.model_section({**known, **dict(_setting(text) for text in args.set)}, "model")
     classes = args.num_classes or file.num_classes(model)
-    module = nnx.eval_shape(lambda: build.model(model, classes, "float32", 0))
-    arrays, notes = file.arrays(module)
-    normalisation = _normalisation(args.normalisation) or file.normalisation
+    arrays, notes = file.arrays(match.abstract(model, classes))
+    normalisation = given or file.normalisation
     if normalisation is None:
-        raise ValueError(
-            f"{args.source}: does not say how the network wants its images: give --normalisation "
-            f"{', '.join(NORMALISATIONS)}, or six numbers"
+        notes.append(
+            "how the network wants its images is not known: a config says it as teacher.normalisation, or import again "
+            f"with --normalisation {', '.join(NORMALISATIONS)}, or six numbers"
         )
     path = weights.write(args.out, arrays, model, normalisation, source=args.source, sha256=file.sha256)
     count = sum(array.size for array in arrays.values())
@@ -118,10 +120,12 @@ def _import(args: argparse.Namespace) -> list[str]:
 
 
 def _export(args: argparse.Namespace) -> list[str]:
-    if args.style and args.to != "torch":
-        raise ValueError(f"--style {args.style}: has a meaning with --to torch alone")
+    for flag, value, target in (("style", args.style, "torch"), ("image_size", args.image_size, "serving")):
+        if value and args.to != target:
+            raise ValueError(f"--{flag} {value}: has a meaning with --to {target} alone")
+    _refuse_existing(args.out / weights.NATIVE_FILE if args.to == "flax" else args.out)
     source = _exportable(args.source, args.which)
-    model = nnx.eval_shape(lambda: build.model(source.model, source.num_classes, "float32", 0))
+    model = match.abstract(source.model, source.num_classes)
     if args.to == "torch":
         export.to_torch(args.out, model, source.arrays, style=args.style)
     elif args.to == "flax":
@@ -132,6 +136,8 @@ def _export(args: argparse.Namespace) -> list[str]:
         size = args.image_size or source.image_size or model.info.image_size
         if not size:
             raise ValueError(f"{args.source}: does not say the size of its images: give --image_size HEIGHT WIDTH")
+        if source.normalisation is None:
+            raise ValueError(f"{args.source}: does not say how it wants its images: import with --normalisation")
         export.to_serving(args.out, model, source.arrays, source.normalisation, tuple(size))
     return [f"{model.info.name}, {source.num_classes} classes: {args.out}"]
 
@@ -143,19 +149,28 @@ class _Exportable:
     model: Mapping[str, Any]
     num_classes: int
     image_size: tuple[int, int] | None
-    normalisation: Normalisation
+    normalisation: Normalisation | None
     arrays: Params
 
 
-def _exportable(source: pathlib.Path, which: Literal["latest", "best"]) -> _Exportable:
+def _exportable(source: pathlib.Path, which: Literal["latest", "best"] | None) -> _Exportable:
+    if source.is_file():
+        raise ValueError(f"{source}: is a file: import it first, and export the directory that is made")
     if not (source / weights.NATIVE_FILE).exists():
-        run = read_run(source, which)
+        run = read_run(source, which or "latest")
         return _Exportable(run.config["student"], run.num_classes, run.image_size, run.normalisation, run.arrays)
+    if which:
+        raise ValueError(f"--which {which}: has a meaning with a run alone")
     file = weights.open_file(source)
     model = config_lib.model_section(file.model, str(source))
     classes = file.num_classes(model)
-    arrays, _ = file.arrays(nnx.eval_shape(lambda: build.model(model, classes, "float32", 0)))
+    arrays, _ = file.arrays(match.abstract(model, classes))
     return _Exportable(model, classes, None, file.normalisation, arrays)
+
+
+def _refuse_existing(path: pathlib.Path) -> None:
+    if path.exists():
+        raise ValueError(f"{path} exists already: remove it, or give another --out")
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -175,7 +190,7 @@ def _normalisation(text: str | None) -> Normalisation | None:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) != 6 or min(numbers[3:]) <= 0:
+    if len(numbers) != 6 or not all(map(math.isfinite, numbers)) or min(numbers[3:]) <= 0:
         names = registry.unknown("normalisation", text, NORMALISATIONS)
         raise ValueError(f"--normalisation: {names}, or six numbers with commas (mean and std, std above 0)")
     return Normalisation(tuple(numbers[:3]), tuple(numbers[3:]))

@@ -24,7 +24,8 @@ _TIMEOUT = 60.0  # seconds without a byte
 _CHUNK = 2**20  # bytes
 _STALE = 24 * 3600.0  # seconds after which nobody writes a temporary file any more
 _RETRIED = {408, 425, 429}  # beside 5xx: statuses that may differ a moment later
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|npz|safetensors|pkl)$")
+# Eight digits without a letter are a date.
+_HASH_IN_NAME = re.compile(r"-(?!\d{8}\.)([0-9a-f]{8,64})\.(?:pth|pt|npz|safetensors|pkl)$")
 _FRAGMENT = re.compile(r"sha256=([0-9a-f]{8,64})")
 
 

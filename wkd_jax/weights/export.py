@@ -5,6 +5,7 @@ All take a network (abstract or not) and its arrays by our names.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from wkd_jax.models import functional
 from wkd_jax.models.base import Staged
 from wkd_jax.types import Array, Normalisation
 from wkd_jax.weights import keys
-from wkd_jax.weights.load import write_file
+from wkd_jax.weights.load import IMAGE_SIZE, replacing, write_file
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -47,7 +48,9 @@ def to_torch(
         raise ValueError(registry.unknown(f"key style of {model.info.name}", style, styles))
     entries = keys.layout({name: tuple(array.shape) for name, array in arrays.items()}, styles[style])
     tensors = {entry.key: keys.to_torch(name, np.asarray(arrays[name]), entry.shape) for name, entry in entries.items()}
-    write_file(path, {**tensors, **model.buffers(style)}, {"format": "pt"})  # what loaders of PyTorch look for
+    size = model.info.image_size
+    metadata = {"format": "pt", **({IMAGE_SIZE: json.dumps(size)} if size else {})}  # "pt": loaders look for it
+    write_file(path, {**tensors, **model.buffers(style)}, metadata)
 
 
 def to_orbax(path: str | os.PathLike[str], model: Staged, arrays: Mapping[str, Any]) -> None:
@@ -101,7 +104,8 @@ def to_serving(
     (batch,) = jax.export.symbolic_shape("b")
     shape = jax.ShapeDtypeStruct((batch, *image_size, 3), jnp.uint8)
     exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(shape)
-    pathlib.Path(path).write_bytes(exported.serialize())
+    with replacing(path) as temporary:
+        temporary.write_bytes(exported.serialize())
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ SLOT_BYTES, OBJECT_BYTES = 8, 64
 
 _HEAD_START, _MULTIPLE = 2**25, 16  # a read may take 32 MiB + 16 bytes a byte of the file
 _LONGEST_NAME = 300  # characters
+_MOST_NUMBERS = 2**16  # that may be keys
 
 
 class Budget:
@@ -97,10 +98,14 @@ class Record(dict):
 
 
 def hashable(key: Any) -> Any:
-    """A dict's key or a set's element, if colliding hashes cannot be made for its type: they take quadratic time."""
-    if isinstance(key, int) and key.bit_length() > 64:
-        raise refused("a key in it is an integer of more than 64 bits")
-    if key is None or isinstance(key, (str, bytes, int, float)):
+    """A dict's key or a set's element, if it is of a kind whose hashes cannot be made to collide.
+
+    Colliding keys take quadratic time. Hashes of text are random; those of numbers are known, so that only as many
+    numbers are taken as an optimizer's state has parameters.
+    """
+    if isinstance(key, int) and not 0 <= key < _MOST_NUMBERS:
+        raise refused(f"a key in it is the number {key}, not one from 0 to {_MOST_NUMBERS - 1}")
+    if key is None or isinstance(key, (str, bytes, int)):
         return key
     raise refused(f"a key in it is a {type(key).__name__}, neither text nor a number")
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import safetensors
 from flax import nnx
 from safetensors.numpy import save_file
 
@@ -21,12 +23,13 @@ from wkd_jax.types import Normalisation, Params
 from wkd_jax.weights import match, state
 from wkd_jax.weights.download import fetch
 from wkd_jax.weights.errors import WeightsError
-from wkd_jax.weights.public import PUBLIC, by_file
+from wkd_jax.weights.public import PUBLIC, by_hash
 from wkd_jax.weights.state import State
 
 NATIVE_FILE = "weights.safetensors"  # in the directory that an import makes
 SUFFIXES = (".pth", ".pt", ".pkl", ".npz", ".safetensors")
-_RECORD = "wkd_jax"  # key of the metadata of such a file
+_RECORD = "wkd_jax"  # key, in the metadata of such a file, of what it says about itself
+IMAGE_SIZE = "image_size"  # key of the metadata of an export for PyTorch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ class WeightsFile:
       state: Its arrays, by its own keys.
       model: Section of a config, {"name": ..., settings}, of the network that it says it is of; empty if it does not.
       normalisation: How that network wants its images; None if the file does not say.
+      image_size: (height, width) of the images that it is built for; None if any, or if the file does not say.
     """
 
     source: str
@@ -46,6 +50,7 @@ class WeightsFile:
     state: State
     model: Mapping[str, Any]
     normalisation: Normalisation | None
+    image_size: tuple[int, int] | None
 
     def arrays(self, model: Staged, *, reset_head: bool = False) -> tuple[Params, list[str]]:
         """The arrays of `model`, which may be abstract (`nnx.eval_shape`).
@@ -63,8 +68,15 @@ class WeightsFile:
             names the network that it looks like.
         """
         fit = match.best(self.state.arrays, model, native=_RECORD in self.state.metadata)
-        arrays, notes = match.convert(fit, model, self.source, reset_head=reset_head)
+        arrays, notes = match.convert(fit, model, self.source, reset_head=reset_head, grid=self._grid(model))
         return arrays, [*self.state.notes, f"keys of {fit.style}", *notes]
+
+    def _grid(self, model: Staged) -> tuple[int, int] | None:
+        """The grid of patches that the file's position embeddings are for, if it says so."""
+        if not self.image_size:
+            return None
+        stride = model.info.taps[model.info.last_tap].stride
+        return self.image_size[0] // stride, self.image_size[1] // stride
 
     def num_classes(self, model: Mapping[str, Any]) -> int:
         """Rows of the classifier that the file has.
@@ -73,16 +85,16 @@ class WeightsFile:
           model: Section of a config, {"name": ..., settings}, of the network that it is of.
 
         Raises:
-          WeightsError: If it has none.
+          WeightsError: If it is not of this network, or has no classifier.
         """
-        settings = {key: value for key, value in model.items() if key != "name"}
-        factory = registry.get("models", model["name"])
-        module = nnx.eval_shape(lambda: factory(1000, rngs=nnx.Rngs(0), **settings))
+        module = match.abstract(model, 1000)
         fit = match.best(self.state.arrays, module, native=_RECORD in self.state.metadata)
+        match.check(fit, module, self.source, without_head=True, grid=self._grid(module))
         bias = fit.arrays.get(fit.entries[match.head(module.info)[1]].key)
-        if bias is None:
+        if bias is None or bias.ndim != 1:
             raise WeightsError(
-                f"{self.source}: has no classifier of {model['name']} to count classes by: give their number"
+                f"{self.source}: has no classifier of {model['name']} to count classes by. Such a file serves as "
+                "init.weights with init.reset_head=True"
             )
         return len(bias)
 
@@ -101,7 +113,7 @@ def open_file(source: str | os.PathLike[str]) -> WeightsFile:
     source = str(source)
     public = PUBLIC.get(source) or next((entry for entry in PUBLIC.values() if entry.url == source), None)
     url = public.url if public else source
-    path = fetch(url) if "://" in url else pathlib.Path(url)
+    path = fetch(url) if "://" in url else pathlib.Path(url).expanduser()
     if path.is_dir():
         path /= NATIVE_FILE
     if not path.is_file():
@@ -109,12 +121,32 @@ def open_file(source: str | os.PathLike[str]) -> WeightsFile:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     found = state.read(path)
-    if public := public or by_file(path.name, sha256):
-        return WeightsFile(source, sha256, found, {"name": public.model}, public.normalisation)
-    record = json.loads(found.metadata[_RECORD]) if _RECORD in found.metadata else {}
-    normalisation = Normalisation(**{key: tuple(v) for key, v in record["normalisation"].items()}) if record else None
-    model = {key: tuple(v) if isinstance(v, list) else v for key, v in record.get("model", {}).items()}
-    return WeightsFile(source, sha256, found, model, normalisation)
+    if public := public or by_hash(sha256):
+        return WeightsFile(source, sha256, found, {"name": public.model}, public.normalisation, None)
+    try:
+        return WeightsFile(source, sha256, found, *_described(found.metadata))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(
+            f"{source}: what its metadata say of it cannot be read ({type(error).__name__}: {error}): import it again"
+        ) from error
+
+
+def _described(
+    metadata: Mapping[str, str],
+) -> tuple[dict[str, Any], Normalisation | None, tuple[int, int] | None]:
+    """(model, normalisation, image size) that a file of ours tells of itself."""
+    if _RECORD not in metadata:
+        size = metadata.get(IMAGE_SIZE)
+        return {}, None, _size(json.loads(size)) if size else None
+    record = json.loads(metadata[_RECORD])
+    model = {str(key): tuple(v) if isinstance(v, list) else v for key, v in record["model"].items()}
+    how = record["normalisation"]
+    normalisation = how and Normalisation(tuple(map(float, how["mean"])), tuple(map(float, how["std"])))
+    return {"name": str(model.pop("name")), **model}, normalisation, _size(model.get(IMAGE_SIZE))
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    return value and (int(value[0]), int(value[1]))
 
 
 def restore(model: Staged, source: str | os.PathLike[str], *, reset_head: bool = False) -> list[str]:
@@ -151,7 +183,7 @@ def write(
     directory: str | os.PathLike[str],
     arrays: Staged | Mapping[str, Any],
     model: Mapping[str, Any],
-    normalisation: Normalisation,
+    normalisation: Normalisation | None,
     **origin: Any,
 ) -> pathlib.Path:
     """Writes a network in our own names: a safetensors file that says which network it is and how it is fed.
@@ -162,7 +194,7 @@ def write(
       directory: Made if it does not exist; an earlier file in it is replaced.
       arrays: The network, or its arrays by name.
       model: Section of a config, {"name": ..., settings}.
-      normalisation: How the network wants its images.
+      normalisation: How the network wants its images; None if that is not known.
       origin: Whatever else the file should say about itself, as JSON.
 
     Returns:
@@ -172,18 +204,42 @@ def write(
         _, params, variables, _ = functional.split(arrays)
         arrays = {**params, **variables}
     path = pathlib.Path(directory) / NATIVE_FILE
-    record = {"model": dict(model), "normalisation": dataclasses.asdict(normalisation), **origin}
+    how = normalisation and dataclasses.asdict(normalisation)
+    record = {"model": dict(model), "normalisation": how, **origin}
     write_file(path, {name: np.asarray(array) for name, array in arrays.items()}, {_RECORD: json.dumps(record)})
     return path
 
 
 def write_file(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file: under a temporary name, so that what has the name is whole."""
+    """Writes a safetensors file.
+
+    Raises:
+      OSError: If it cannot be written; nothing is left of it then.
+    """
+    with replacing(path) as temporary:
+        try:
+            save_file(dict(arrays), temporary, dict(metadata))
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A temporary name to write a file under; it gets its own when it is whole, and is removed otherwise.
+
+    Raises:
+      OSError: If the name is that of a folder, or the folder it is in cannot be made.
+    """
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(dict(arrays), temporary, dict(metadata))
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _not_found(source: str, path: pathlib.Path) -> str:

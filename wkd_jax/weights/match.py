@@ -20,8 +20,9 @@ from wkd_jax.weights.keys import Entry
 
 NATIVE = "wkd_jax"  # the style of files with our own names
 # Put in front of all keys by wrappers of a network. A distiller's file has its other parts beside "student.".
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 _STUDENT = "student."
+_MOST_WRAPPERS = 6
 _SHOWN = 4  # names of each kind in an error message
 
 
@@ -51,6 +52,12 @@ class Fit:
     def problems(self) -> int:
         """How many arrays do not fit."""
         return len(self.missing) + len(self.left_over) + len(self.wrong)
+
+
+def abstract(model: Mapping[str, Any], num_classes: int) -> Staged:
+    """The network of a config's section, {"name": ..., settings}, without values."""
+    settings = {key: value for key, value in model.items() if key != "name"}
+    return nnx.eval_shape(lambda: registry.get("models", model["name"])(num_classes, rngs=nnx.Rngs(0), **settings))
 
 
 def shapes_of(model: Staged) -> dict[str, tuple[int, ...]]:
@@ -85,7 +92,41 @@ def best(arrays: Mapping[str, np.ndarray], model: Staged, *, native: bool = Fals
     return min(fits, key=lambda fit: (fit.problems, len(fit.stripped)))
 
 
-def convert(fit: Fit, model: Staged, source: str, *, reset_head: bool) -> tuple[Params, list[str]]:
+def check(fit: Fit, model: Staged, source: str, *, without_head: bool, grid: position.Grid | None = None) -> list[str]:
+    """Refuses a state dict that is not of a network.
+
+    Args:
+      fit: The best one.
+      model: The network, abstract or not.
+      source: Of the file, for messages.
+      without_head: Whether the classifier may be missing or of another shape.
+      grid: As in `convert`.
+
+    Returns:
+      Our names of the arrays that have to be resized.
+
+    Raises:
+      WeightsError: If anything is missing, left over or of another shape. One message: the first few of each, and the
+        network that the file looks like.
+    """
+    skipped = {fit.entries[name].key for name in head(model.info)} if without_head else set()
+    found = {name: tuple(fit.arrays[entry.key].shape) for name, entry in fit.entries.items() if entry.key in fit.arrays}
+    wanted = {name: entry.shape for name, entry in fit.entries.items()}
+    resized = [
+        name
+        for name, shape in found.items()
+        if name.endswith("pos_embed") and position.must_resize(shape, wanted[name], model.info, grid)
+    ]
+    missing = [key for key in fit.missing if key not in skipped]
+    wrong = [row for row in fit.wrong if row[0] not in resized and row[1] not in skipped]
+    if missing or fit.left_over or wrong:
+        raise WeightsError(_message(source, fit, model, missing, wrong))
+    return resized
+
+
+def convert(
+    fit: Fit, model: Staged, source: str, *, reset_head: bool, grid: position.Grid | None = None
+) -> tuple[Params, list[str]]:
     """The network's arrays out of a state dict.
 
     Args:
@@ -93,24 +134,20 @@ def convert(fit: Fit, model: Staged, source: str, *, reset_head: bool) -> tuple[
       model: The network, abstract or not.
       source: Of the file, for messages.
       reset_head: Leave the classifier out, whatever the file has there.
+      grid: (height, width) in patches that position embeddings of the file are for; None: a square, if they can be.
 
     Returns:
       (arrays, notes): float32, by our names, without the classifier if it was left out; a sentence for everything that
       was not a plain copy.
 
     Raises:
-      WeightsError: If anything is missing, left over, of another shape, or no finite number. One message: the first
-        few of each, and the network that the file looks like.
+      WeightsError: As `check`, or if a value is not finite.
     """
     shapes, info, notes = shapes_of(model), model.info, []
     if fit.stripped:
         notes.append(f"took {', '.join(fit.stripped)} off the keys")
+    resized = check(fit, model, source, without_head=reset_head, grid=grid)
     skipped = {fit.entries[name].key for name in head(info)} if reset_head else set()
-    resized = {name for name, _, found, wanted in fit.wrong if _can_resize(name, found, wanted, info)}
-    missing = [key for key in fit.missing if key not in skipped]
-    wrong = [row for row in fit.wrong if row[0] not in resized and row[1] not in skipped]
-    if missing or fit.left_over or wrong:
-        raise WeightsError(_message(source, fit, model, missing, wrong))
     result: dict[str, Any] = {}
     for name, entry in fit.entries.items():
         if entry.key in skipped:
@@ -119,8 +156,10 @@ def convert(fit: Fit, model: Staged, source: str, *, reset_head: bool) -> tuple[
         if not (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
             raise WeightsError(f"{source}: {entry.key} holds {array.dtype}, not floating-point numbers")
         if name in resized:
-            notes.append(f"resized {name} from {array.shape} to {shapes[name]}")
-            array = position.resize(array, info)
+            before = grid or position.square(array.shape[1], info)
+            after = position.grid_of(info)
+            notes.append(f"resized {name} from {before[0]} x {before[1]} patches to {after[0]} x {after[1]}")
+            array = position.resize(array, info, before)
         if not np.all(np.isfinite(array.astype(np.float32))):
             raise WeightsError(
                 f"{source}: {entry.key} has values that are not finite: the training that made it failed"
@@ -162,20 +201,12 @@ def _unwrapped(
 ) -> Iterator[tuple[tuple[str, ...], Mapping[str, np.ndarray]]]:
     """The state dict as it is, and with one after the other of the wrappers around it taken off."""
     yield stripped, arrays
+    if len(stripped) == _MOST_WRAPPERS:
+        return
     for prefix in (*_WRAPPERS, _STUDENT):
         inner = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-        if len(inner) == len(arrays) or (inner and prefix == _STUDENT):
+        if inner and (len(inner) == len(arrays) or prefix == _STUDENT):
             yield from _unwrapped(inner, (*stripped, prefix))
-
-
-def _can_resize(name: str, found: tuple[int, ...], wanted: tuple[int, ...], info: ModelInfo) -> bool:
-    """Whether only the number of positions of a position embedding [1, N, D] differs, from a square grid's."""
-    return (
-        name.endswith("pos_embed")
-        and len(found) == len(wanted) == 3
-        and (found[0], found[2]) == (wanted[0], wanted[2])
-        and position.is_square(found[1], info)
-    )
 
 
 def _message(
@@ -190,8 +221,9 @@ def _message(
         found = next(found for name, _, found, _ in wrong)
         classes = found[-1] if fit.style == NATIVE else found[0]
         return (
-            f"{source}: its classifier has {classes} classes and {info.name} is wanted with {info.num_classes}: ask "
-            f"for {classes} classes, or set reset_head=True to start the classifier anew"
+            f"{source}: its classifier has {classes} classes and {info.name} is wanted with {info.num_classes}. A "
+            "teacher needs weights for the classes of the data set; a network to be trained may start its classifier "
+            "anew (init.reset_head=True)"
         )
     parts = []
     if missing:
@@ -218,10 +250,9 @@ def likely(arrays: Mapping[str, np.ndarray], *, like: str, native: bool = False)
     """
     closeness = {name: difflib.SequenceMatcher(None, like, name).ratio() for name in registry.entries("models")}
     for name in sorted(closeness, key=closeness.get, reverse=True):
-        factory = registry.get("models", name)
-        model = nnx.eval_shape(lambda factory=factory: factory(1000, rngs=nnx.Rngs(0)))
+        model = abstract({"name": name}, 1000)
         fit, free = best(arrays, model, native=native), {*head(model.info)}
-        wrong = [row for row in fit.wrong if row[0] not in free and not _can_resize(row[0], *row[2:], model.info)]
+        wrong = [row for row in fit.wrong if row[0] not in free and not row[0].endswith("pos_embed")]
         if not (fit.missing or fit.left_over or wrong):
             return name
     return None

@@ -145,15 +145,15 @@ PUBLIC = {
 }
 
 
-def by_file(name: str, sha256: str) -> PublicWeights | None:
-    """The published file of a name that carries the beginning of its hash, if `sha256` begins so; else None.
+def by_hash(sha256: str) -> PublicWeights | None:
+    """The published file whose name carries the beginning of this hash; None if there is none.
 
     Example:
-      >>> by_file("resnet34-b627a593.pth", "b627a593" + 56 * "0").top1, by_file("resnet34-b627a593.pth", 64 * "0")
+      >>> by_hash("b627a593" + 56 * "0").top1, by_hash(64 * "0")
       (73.314, None)
     """
     for weights in PUBLIC.values():
-        found = re.fullmatch(r".*-([0-9a-f]{8,})\.\w+", name)
-        if found and weights.url.endswith(f"/{name}") and sha256.startswith(found[1]):
+        found = re.search(r"-([0-9a-f]{8,})\.\w+$", weights.url)
+        if found and sha256.startswith(found[1]):
             return weights
     return None

@@ -18,7 +18,8 @@ from wkd_jax.weights import google, torch_file
 from wkd_jax.weights.errors import WeightsError
 
 # Where training scripts put the state dict, the wanted one first: an average of weights before the last ones.
-ENTRIES = ("state_dict_ema", "state_dict", "model_ema", "model")
+ENTRIES = ("state_dict_ema", "state_dict", "model_ema", "model", "net")
+_SAFETENSORS = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}  # what NumPy has
 # What state dicts hold besides weights: counters, and tables that follow from the architecture.
 BUFFERS = ("num_batches_tracked", "relative_position_index", "attn_mask")
 
@@ -48,11 +49,21 @@ def read(path: str | os.PathLike[str]) -> State:
     path = pathlib.Path(path)
     with path.open("rb") as file:
         start = file.read(9)
-    if start[:2] == b"PK" and _is_npz(path):
-        return State(_read_npz(path))
-    if len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        return _read_safetensors(path)
-    return _state_dict(torch_file.read(path), path)
+    try:
+        if start[:2] == b"PK" and _is_npz(path):
+            found = State(_read_npz(path))
+        elif len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+            found = _read_safetensors(path)
+        else:
+            found = _state_dict(torch_file.read(path), path)
+    except (WeightsError, OSError):
+        raise
+    except Exception as error:  # whatever parsers of other people raise on broken bytes
+        raise WeightsError(f"{path}: is damaged ({type(error).__name__}: {error}): get it again") from error
+    kept = {key: value for key, value in found.arrays.items() if not key.endswith(BUFFERS)}
+    if not kept:
+        raise WeightsError(f"{path}: holds no weights: save a network's state_dict()")
+    return dataclasses.replace(found, arrays=kept)
 
 
 def _state_dict(tree: Any, path: pathlib.Path) -> State:
@@ -61,52 +72,43 @@ def _state_dict(tree: Any, path: pathlib.Path) -> State:
         raise WeightsError(
             f"{path}: holds a {type(tree).__name__}, not a dict of arrays: save the model's state_dict()"
         )
-    found = [key for key in ENTRIES if isinstance(tree.get(key), Mapping)]
-    notes = [f"read {found[0]!r} of the file"] if found else []
-    if others := found[1:]:
-        notes[0] += f", which also holds {', '.join(map(repr, others))}"
-    arrays = dict(tree[found[0]] if found else tree)
+    notes = []
+    while found := [key for key in ENTRIES if isinstance(tree.get(key), Mapping)]:
+        also = f", which also holds {', '.join(map(repr, found[1:]))}" if found[1:] else ""
+        notes.append(f"read {found[0]!r} of the file{also}")
+        tree = tree[found[0]]
+    arrays = dict(tree)
     wrong = [key for key, value in arrays.items() if not isinstance(value, np.ndarray | np.generic)]
     if wrong or not arrays:
         what = f"{wrong[0]!r} is a {type(arrays[wrong[0]]).__name__}" if wrong else "it is empty"
         raise WeightsError(
             f"{path}: has no state dict at the top or under {', '.join(ENTRIES)} ({what}): save a dict of arrays alone"
         )
-    kept = {str(key): np.asarray(value) for key, value in arrays.items() if not str(key).endswith(BUFFERS)}
-    return State(kept, notes=tuple(notes))
+    return State({str(key): np.asarray(value) for key, value in arrays.items()}, notes=tuple(notes))
 
 
 def _read_safetensors(path: pathlib.Path) -> State:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-        arrays = load_file(path)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path}: is a damaged safetensors file ({error}): get it again") from error
-    return State({key: value for key, value in arrays.items() if not key.endswith(BUFFERS)}, metadata)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  (it is no dict)
+    if unread := sorted(kinds - _SAFETENSORS):
+        raise WeightsError(f"{path}: has arrays of {', '.join(unread)}: save them as F32, F16 or BF16")
+    return State(load_file(path), metadata)
 
 
 def _is_npz(path: pathlib.Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return all(name.endswith(".npy") for name in archive.namelist())
-    except zipfile.BadZipFile as error:
-        raise WeightsError(f"{path}: is a damaged or incomplete zip archive ({error}): get it again") from error
+    with zipfile.ZipFile(path) as archive:
+        return all(name.endswith(".npy") for name in archive.namelist())
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file; those of a Google ViT in timm's keys."""
     arrays = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise WeightsError(f"{path}: {info.filename} is compressed: save the arrays with numpy.savez")
-                arrays[info.filename.removesuffix(".npy")] = _read_npy(archive.read(info))
-    except WeightsError:
-        raise
-    except (zipfile.BadZipFile, ValueError, TypeError, EOFError, OSError, RuntimeError) as error:
-        raise WeightsError(f"{path}: is not a plain .npz file of arrays ({error})") from error
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise WeightsError(f"{path}: {info.filename} is compressed: save the arrays with numpy.savez")
+            arrays[info.filename.removesuffix(".npy")] = _read_npy(archive.read(info))
     return google.to_timm(arrays) if google.is_google(arrays) else arrays
 
 
@@ -116,6 +118,8 @@ def _read_npy(data: bytes) -> np.ndarray:
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = header(stream)
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects, which are not read")
+    if dtype.kind not in "fiub":
+        raise ValueError(f"it holds {'Python objects' if dtype.hasobject else dtype}, not numbers, which are not read")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"an array in it says shape {shape}")
     return np.ndarray(shape, dtype, data, stream.tell(), order="F" if fortran else "C")

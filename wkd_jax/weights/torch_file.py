@@ -339,8 +339,8 @@ def _other_kind(data: bytes) -> str | None:
 
 
 _MAGICS = {
-    b"\x1f\x8b": "compressed with gzip: unpack it first. It is",
+    b"\x1f\x8b": "compressed with gzip (unpack it first)",
     b"\x89HDF": "an HDF5 file (Keras)",
-    b"\x93NUMPY": "a NumPy .npy array: read it with numpy.load. It is",
+    b"\x93NUMPY": "one NumPy array (.npy)",
     b"{": "JSON text",
 }
