@@ -47,6 +47,12 @@ def test_resolving_twice_changes_nothing():
         ({"methods": {"kd": {"temprature": 1.0}}, "teacher": {"run": "x"}}, r"methods.kd.temprature.*'temperature'"),
         ({"methods": {"kd": {"schedule": {"begin": 1}}}, "teacher": {"run": "x"}}, r"methods.kd.schedule.begin"),
         ({"methods": {"kd": {}}}, r"methods: kd cannot do without a teacher, and teacher is None"),
+        ({"init": {"reset_head": True}}, r"init.reset_head=True: has a meaning with init.weights alone"),
+        ({"init": {"weight": "x"}}, r"init.weight: .*did you mean 'weights'"),
+        (
+            {"teacher": {"weights": "x", "run": "y"}},
+            r"set exactly one of teacher.run, teacher.train and teacher.weights",
+        ),
         ({"teacher": {}}, r"teacher.run='', teacher.weights='': set exactly one of"),
         ({"teacher": {"train": {"student": {"name": "resnet8"}}}}, r"teacher.train.data.name is not set"),
         ({"epochs": 0}, r"epochs=0: must be above 0"),

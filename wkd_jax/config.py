@@ -282,6 +282,8 @@ def _check_ranges(config: Mapping[str, Any], path: str) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{path}{key}: {pattern!r} is not a regular expression: {error}") from error
+    if config["init"]["reset_head"] and not config["init"]["weights"]:
+        raise ValueError(f"{path}init.reset_head=True: has a meaning with {path}init.weights alone")
     milestones = config["optimizer"]["milestones"]
     if any(isinstance(epoch, bool) or not isinstance(epoch, int | float) for epoch in milestones):
         raise ValueError(f"{path}optimizer.milestones={milestones!r}: needs numbers of epochs")

@@ -121,7 +121,13 @@ def pair(name, direction):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "direction"), [("resnet8x4", (32, 32), "to ours"), ("resnet20", (15, 9), "to torch")]
+    ("name", "size", "direction"),
+    [
+        ("resnet8x4", (32, 32), "to ours"),
+        ("resnet8x4", (15, 9), "to torch"),
+        ("resnet20", (16, 16), "to ours"),
+        ("resnet20", (15, 9), "to torch"),
+    ],
 )
 def test_same_as_torch(name, size, direction):
     net, structure, params, variables = pair(name, direction)
