@@ -14,9 +14,8 @@ from flax import nnx
 from wkd_jax import registry
 from wkd_jax.models import functional
 from wkd_jax.weights import keys
+from wkd_jax.weights.state import BUFFERS
 
-# What a state dict holds and a network does not need: counters, and tables that follow from the architecture.
-BUFFERS = ("num_batches_tracked", "relative_position_index", "attn_mask")
 # Most of the time of these tests is XLA's, and none of it is spent on running the program.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

@@ -7,7 +7,7 @@ weight-decay rules, checkpoints and safetensors all speak of the same paths, and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ class Structure:
         if flat.keys() != self.paths.keys():
             missing, extra = sorted(self.paths.keys() - flat.keys()), sorted(flat.keys() - self.paths.keys())
             raise ValueError(f"arrays do not fit the module: missing {missing[:3]}, too many {extra[:3]}")
-        return nnx.merge(self.graphdef, _nest({self.paths[name]: value for name, value in flat.items()}))
+        return nnx.merge(self.graphdef, nested({self.paths[name]: value for name, value in flat.items()}))
 
 
 def split(module: nnx.Module) -> tuple[Structure, Params, Params, Params]:
@@ -122,11 +122,17 @@ def _name(path: tuple[Any, ...]) -> str:
     return "/".join(str(part) for part in path)
 
 
-def _nest(flat: dict[tuple[Any, ...], Any]) -> dict[Any, Any]:
-    nested: dict[Any, Any] = {}
-    for path, value in flat.items():
-        node = nested
-        for part in path[:-1]:
+def nested(flat: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
+    """Nested dicts of a flat one by paths.
+
+    Example:
+      >>> nested({("layer1", 0, "kernel"): 1, ("fc", "bias"): 2})
+      {'layer1': {0: {'kernel': 1}}, 'fc': {'bias': 2}}
+    """
+    tree: dict[Any, Any] = {}
+    for (*path, leaf), value in flat.items():
+        node = tree
+        for part in path:
             node = node.setdefault(part, {})
-        node[path[-1]] = value
-    return nested
+        node[leaf] = value
+    return tree

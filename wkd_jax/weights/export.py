@@ -71,7 +71,11 @@ def to_orbax(path: str | os.PathLike[str], model: Staged, arrays: Mapping[str, A
         raise ValueError(f"{path}: exists already: give another --out, or remove it")
     _, params, variables, _ = functional.split(model)
     parts = {"params": params, "batch_stats": variables}
-    tree = {name: nested({key: jnp.asarray(arrays[key]) for key in part}) for name, part in parts.items() if part}
+    tree = {
+        name: functional.nested({tuple(key.split("/")): jnp.asarray(arrays[key]) for key in part})
+        for name, part in parts.items()
+        if part
+    }
     ocp.save(path, tree)
 
 
@@ -106,20 +110,3 @@ def to_serving(
     exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(shape)
     with replacing(path) as temporary:
         temporary.write_bytes(exported.serialize())
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts of a flat one.
-
-    Example:
-      >>> nested({"layer1/0/conv1/kernel": 1, "fc/bias": 2})
-      {'layer1': {'0': {'conv1': {'kernel': 1}}}, 'fc': {'bias': 2}}
-    """
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, leaf = name.split("/")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[leaf] = value
-    return tree
