@@ -26,7 +26,8 @@ class DataSet(Protocol):
       mean: Per channel, of `images / 255` over the training pixels (see `channel_statistics`).
       std: Likewise, the population standard deviation.
       image_size: (height, width) of the batches' images, pixels.
-      labels: [num_examples] int32, of the training split in its own order.
+      num_examples: Of the training split.
+      labels: [num_examples] int32, of the training split in its own order. May be slow to get: ask when needed.
       fingerprint: Names the content: the same on every machine, another for other pixels, labels or order.
     """
 
@@ -37,6 +38,9 @@ class DataSet(Protocol):
 
     @property
     def image_size(self) -> tuple[int, int]: ...  # noqa: D102
+
+    @property
+    def num_examples(self) -> int: ...  # noqa: D102
 
     @property
     def labels(self) -> np.ndarray: ...  # noqa: D102
@@ -54,8 +58,12 @@ class DataSet(Protocol):
         global_batch_size: int,
         process_index: int = 0,
         process_count: int = 1,
+        rows: np.ndarray | None = None,
     ) -> Iterator[Batch]:
-        """One pass over a split, unaugmented, each example once; padding has `valid=False`."""
+        """One pass over a split, unaugmented, each example once; padding has `valid=False`.
+
+        `rows` [M] int64 are the positions to visit, in that order; None: all, in the split's own.
+        """
 
 
 class Input(Protocol):
@@ -67,7 +75,10 @@ class Input(Protocol):
     """
 
     def __next__(self) -> Batch:
-        """This process's part of the next global batch: NumPy arrays, images uint8, `valid` all True."""
+        """This process's part of the next global batch: NumPy arrays, images uint8.
+
+        `valid` is True but for images that could not be read, where the data set allows some.
+        """
 
     def get_state(self) -> dict[str, Any]:
         """Where the stream stands: what JSON can hold, enough to go on with the batch that `next` would give."""
@@ -78,6 +89,9 @@ class Input(Protocol):
         Raises:
           ValueError: If the state is of another stream (seed, number of examples, global batch size).
         """
+
+    def close(self) -> None:
+        """Stops what works in the background. The input is of no further use."""
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

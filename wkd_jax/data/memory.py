@@ -100,6 +100,11 @@ class MemoryDataSet:
         return self.train.image_size
 
     @property
+    def num_examples(self) -> int:
+        """Of the training split."""
+        return len(self.train)
+
+    @property
     def labels(self) -> np.ndarray:
         """[num_examples] int32, of the training split."""
         return self.train.labels
@@ -123,6 +128,7 @@ class MemoryDataSet:
         global_batch_size: int,
         process_index: int = 0,
         process_count: int = 1,
+        rows: np.ndarray | None = None,
     ) -> Iterator[Batch]:
         """One pass over a split, see `evaluation_batches`."""
         return evaluation_batches(
@@ -130,6 +136,7 @@ class MemoryDataSet:
             global_batch_size=global_batch_size,
             process_index=process_index,
             process_count=process_count,
+            rows=rows,
         )
 
     @functools.cached_property
@@ -219,13 +226,21 @@ class MemoryInput:
             )
         self._next_batch = state["next_batch"]
 
+    def close(self) -> None:
+        """Nothing works in the background."""
+
 
 def evaluation_batches(
-    split: Split, *, global_batch_size: int, process_index: int = 0, process_count: int = 1
+    split: Split,
+    *,
+    global_batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """One pass over a split in its own order, each example exactly once.
+    """One pass over a split, each example exactly once.
 
-    Every process gets ceil(N / global_batch_size) batches. What is missing in the last one is padded with
+    Every process gets ceil(N / global_batch_size) batches of the N examples. What is missing in the last one is padded with
     `valid=False`; padded rows have black images, label 0 and index 0.
 
     Args:
@@ -233,6 +248,7 @@ def evaluation_batches(
       global_batch_size: Over all processes.
       process_index: Which equal, contiguous part of each global batch to give.
       process_count: Into how many parts it is divided.
+      rows: [M] int64, which examples, in the order wanted; None: all, in the split's own order.
 
     Returns:
       This process's parts, as NumPy arrays of their own.
@@ -246,13 +262,14 @@ def evaluation_batches(
       [[True, True], [True, False]]
     """
     share = process_share(global_batch_size, process_index, process_count)
-    starts = range(0, len(split), global_batch_size)
-    return (_padded(split, np.arange(start + share.start, start + share.stop)) for start in starts)
+    rows = np.arange(len(split)) if rows is None else rows
+    starts = range(0, len(rows), global_batch_size)
+    return (_padded(split, rows, np.arange(start + share.start, start + share.stop)) for start in starts)
 
 
-def _padded(split: Split, rows: np.ndarray) -> Batch:
-    valid = rows < len(split)
-    batch = _batch(split, np.where(valid, rows, 0), valid)
+def _padded(split: Split, rows: np.ndarray, places: np.ndarray) -> Batch:
+    valid = places < len(rows)
+    batch = _batch(split, np.where(valid, rows[np.minimum(places, len(rows) - 1)], 0), valid)
     batch.image[~valid] = 0
     batch.label[~valid] = 0
     return batch
