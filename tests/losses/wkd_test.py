@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
 
 from wkd_jax import losses
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 SHARED = pathlib.Path(__file__).parents[3] / "shared"
-STATIC = ("num_iters", "gradient", "stabilizer", "threshold", "return_error")
+STATIC = ("num_iters", "gradient", "stabilizer", "exact_marginal", "threshold", "return_error")
 wkd_logit = jax.jit(losses.wkd_logit, static_argnames=STATIC)
 wkd_logit_unseparated = jax.jit(losses.wkd_logit_unseparated, static_argnames=STATIC)
 wkd_feature = jax.jit(losses.wkd_feature, static_argnames=("grid", "ddof"))
@@ -128,6 +129,32 @@ def test_masking_the_target_equals_deleting_it(x64):
     np.testing.assert_allclose(ours[0][1], expected[0][1], rtol=1e-10)
     for one, other in zip(ours[1], expected[1], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-8 * np.abs(other).max())
+
+
+def test_whose_marginal_is_exact(x64):
+    """The paper's rows are the teacher's: the same updates with the two exchanged, and another number."""
+    student, teacher = random_logits(6, 7), random_logits(6, 7, seed=1)
+    cost = np.random.default_rng(2).uniform(0.3, 1, (7, 7)) * (1 - np.eye(7))  # not symmetric
+    labels = np.arange(6)
+    _, by_student = wkd_logit(student, teacher, labels, cost)
+    value = functools.partial(wkd_logit, labels=labels, ground_cost=cost, exact_marginal="teacher")
+    by_teacher = value(student, teacher)[1]
+
+    def oracle(row):
+        kept = np.arange(7) != labels[row]
+        p, q = (np.exp(x[row][kept] / 2) / np.exp(x[row][kept] / 2).sum() for x in (teacher, student))
+        kernel = np.exp(-cost[np.ix_(kept, kept)].T / 0.05)
+        u = np.full(6, 1 / 6)
+        for _ in range(10):
+            v = q / (kernel.T @ u + 1e-8)
+            u = p / (kernel @ v + 1e-8)
+        return np.sum(u[:, None] * kernel * v * cost[np.ix_(kept, kept)].T)
+
+    np.testing.assert_allclose(by_teacher, [oracle(row) for row in range(6)], rtol=1e-9)
+    assert np.all(np.abs(by_teacher - by_student) > 1e-6)
+    check_grads(lambda s: value(s, teacher)[1].sum(), (jnp.asarray(student),), order=1, modes=["rev"], rtol=1e-4)
+    with pytest.raises(ValueError, match="exact_marginal='both'"):
+        losses.wkd_logit(student, teacher, labels, cost, exact_marginal="both")
 
 
 def test_leading_axes_vmap_and_single_rows():

@@ -27,7 +27,7 @@ def test_mesh_that_does_not_fit(data, model):
 
 def test_batch_must_divide():
     with pytest.raises(ValueError, match="global_batch_size=12: must be a multiple of the 8 devices"):
-        sharding.check_batch(12, sharding.make_mesh({"data": -1, "model": 1}))
+        sharding.check_batch(12, 1, sharding.make_mesh({"data": -1, "model": 1}))
 
 
 def test_rules_place_parameters_and_their_moments_alike():

@@ -32,6 +32,7 @@ def wkd_logit(
     num_iters: int = 10,
     gradient: str = "unrolled",
     stabilizer: float = 1e-8,
+    exact_marginal: str = "student",
     threshold: float | None = None,
     return_error: bool = False,
 ) -> tuple[Array, ...]:
@@ -58,6 +59,8 @@ def wkd_logit(
         are penalised less at ten.
       gradient: "unrolled", "implicit" or "envelope", see `sinkhorn`; the last returns the entropic cost.
       stabilizer: Added to the denominators of the updates.
+      exact_marginal: "student" or "teacher": whose distribution the last update meets, the other being approached. The
+        authors' code updates the student's last; the paper has the teacher on the rows of its solver.
       threshold: Stops converged examples early, see `sinkhorn`.
       return_error: Whether to append the solver's `error`.
 
@@ -99,6 +102,7 @@ def wkd_logit(
         num_iters=num_iters,
         gradient=gradient,
         stabilizer=stabilizer,
+        exact_marginal=exact_marginal,
         threshold=threshold,
         where=~target,
     )
@@ -116,6 +120,7 @@ def wkd_logit_unseparated(
     num_iters: int = 10,
     gradient: str = "unrolled",
     stabilizer: float = 1e-8,
+    exact_marginal: str = "student",
     threshold: float | None = None,
     return_error: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -131,6 +136,8 @@ def wkd_logit_unseparated(
       num_iters: Sinkhorn iterations.
       gradient: "unrolled", "implicit" or "envelope", see `sinkhorn`.
       stabilizer: Added to the denominators of the updates.
+      exact_marginal: "student" or "teacher": whose distribution the last update meets, the other being approached. The
+        authors' code updates the student's last; the paper has the teacher on the rows of its solver.
       threshold: Stops converged examples early, see `sinkhorn`.
       return_error: Whether to return the solver's `error` too.
 
@@ -159,6 +166,7 @@ def wkd_logit_unseparated(
         num_iters=num_iters,
         gradient=gradient,
         stabilizer=stabilizer,
+        exact_marginal=exact_marginal,
         threshold=threshold,
     )
     return (out.cost, out.error) if return_error else out.cost
@@ -178,12 +186,23 @@ def _logits(student: Array, teacher: Array, ground_cost: Array) -> tuple[Array, 
 
 
 def _class_transport(
-    student: Array, teacher: Array, ground_cost: Array, *, temperature: float | Array, **options: Any
+    student: Array,
+    teacher: Array,
+    ground_cost: Array,
+    *,
+    temperature: float | Array,
+    exact_marginal: str,
+    **options: Any,
 ) -> SinkhornOutput:
+    if exact_marginal not in ("student", "teacher"):
+        raise ValueError(f'exact_marginal={exact_marginal!r}: must be "student" or "teacher"')
     if not isinstance(temperature, jax.core.Tracer) and not np.all(np.asarray(temperature) > 0):
         raise ValueError(f"temperature must be positive, got {temperature}")
     per_row = jnp.asarray(temperature, student.dtype)[..., None]
-    return sinkhorn(jax.nn.softmax(student / per_row), jax.nn.softmax(teacher / per_row), ground_cost, **options)
+    student, teacher = jax.nn.softmax(student / per_row), jax.nn.softmax(teacher / per_row)
+    if exact_marginal == "teacher":
+        return sinkhorn(teacher, student, jnp.swapaxes(ground_cost, -1, -2), **options)
+    return sinkhorn(student, teacher, ground_cost, **options)
 
 
 def wkd_feature(

@@ -32,6 +32,7 @@ class WKDLogit(nnx.Module):
         "num_iters": 10,  # Sinkhorn updates; a hyper-parameter, not a tolerance
         "gradient": "unrolled",  # or implicit, envelope: for converged solves
         "stabilizer": 1e-8,  # added to the updates' denominators
+        "exact_marginal": "student",  # student as in the code, teacher as in the paper: whom the last update meets
         "schedule": {"name": "cosine", "start": 0},
     }
     NEEDS_TEACHER = True
@@ -45,7 +46,8 @@ class WKDLogit(nnx.Module):
         schedule.check("wkd_l", config["weight"], config["schedule"], setup.epochs)
         if config["target_weight"] < 0:
             raise ValueError(f"methods.wkd_l.target_weight={config['target_weight']}: must be 0 or more")
-        self.solver = {key: config[key] for key in ("temperature", "epsilon", "num_iters", "gradient", "stabilizer")}
+        keys = ("temperature", "epsilon", "num_iters", "gradient", "stabilizer", "exact_marginal")
+        self.solver = {key: config[key] for key in keys}
         self.config = config
         classes = setup.student.num_classes
         self._check_solver(classes)
