@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "wkd_jax"
 RUNGS = [
-    {"__init__", "types", "config", "registry"},
+    {"__init__", "types", "config", "registry", "cache"},
     {"losses"},
     {"models", "data"},
     {"evaluation"},

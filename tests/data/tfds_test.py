@@ -144,7 +144,7 @@ def test_unlabelled_examples_are_refused(tmp_path):
         ({"dataset": "cifar_100"}, r"TFDS has no code for a set of that name; did you mean .*cifar100"),
         (
             {"dataset": "cifar100"},
-            r"nothing is prepared in .*cifar100.*`tfds build cifar100 --data_dir=.* --file_format=arr",
+            r"nothing is prepared in .*cifar100.*`python -m wkd_jax.data prepare cifar100 --data_dir=.*` prepares it",
         ),
         ({"train_split": "trian"}, r"drawn/1\.0\.0: train_split='trian': .*\['train', 'test'\]"),
         ({"test_split": "test[:99]"}, "test_split='test.*': .*7 examples"),
@@ -168,7 +168,7 @@ def test_other_file_formats_are_refused(tmp_path):
     directory = prepare(tmp_path, "records", {"train": _examples(images, labels)}, declared)
     info = directory / "dataset_info.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
-    with pytest.raises(ValueError, match="holds tfrecord files.*--file_format=array_record"):
+    with pytest.raises(ValueError, match="holds tfrecord files.*`python -m wkd_jax.data prepare records .*` converts"):
         tfds(dataset="records", data_dir=str(tmp_path))
 
 

@@ -29,12 +29,14 @@ class DataSet(Protocol):
       num_examples: Of the training split.
       labels: [num_examples] int32, of the training split in its own order. May be slow to get: ask when needed.
       fingerprint: Names the content: the same on every machine, another for other pixels, labels or order.
+      unreadable: Name and reason of every image that this process could not read so far, and therefore masked.
     """
 
     name: str
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    unreadable: Mapping[str, str]
 
     @property
     def image_size(self) -> tuple[int, int]: ...  # noqa: D102

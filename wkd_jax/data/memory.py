@@ -7,11 +7,11 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from wkd_jax.data.order import process_share, stream
+from wkd_jax.data.order import Position, process_share, stream
 from wkd_jax.types import Batch
 
 
@@ -65,6 +65,7 @@ class MemoryDataSet:
       test: The split that is evaluated.
       mean: Per channel, of `images / 255` over the training pixels (see `channel_statistics`).
       std: Likewise, the population standard deviation.
+      unreadable: Nothing: every image was read when the set was loaded.
 
     Raises:
       ValueError: If a label has no class name, the splits' images differ in size, or a `std` is not positive.
@@ -76,6 +77,7 @@ class MemoryDataSet:
     test: Split
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.train.image_size != self.test.image_size:
@@ -159,7 +161,7 @@ class MemoryDataSet:
         return digest.hexdigest()
 
 
-class MemoryInput:
+class MemoryInput(Position):
     """The training stream of a split, an `Input`.
 
     Batch i is positions [i * B, (i + 1) * B) of the concatenated epochs' permutations (`wkd_jax.data.order.stream`).
@@ -192,39 +194,16 @@ class MemoryInput:
     def __init__(
         self, split: Split, *, global_batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
     ) -> None:
-        if seed < 0:
-            raise ValueError(f"seed={seed}: must be 0 or more")
-        self._split = split
+        super().__init__(size=len(split), seed=seed, global_batch_size=global_batch_size)
         self._share = process_share(global_batch_size, process_index, process_count)
-        self._stream = {"seed": seed, "num_examples": len(split), "global_batch_size": global_batch_size}
-        self._next_batch = 0
+        self._split, self._seed, self._batch_size = split, seed, global_batch_size
 
     def __next__(self) -> Batch:
         """This process's part of the next global batch, as NumPy arrays of its own."""
-        first = self._next_batch * self._stream["global_batch_size"]
-        rows = stream(
-            first + self._share.start, first + self._share.stop, size=len(self._split), seed=self._stream["seed"]
-        )
-        self._next_batch += 1
+        first = self.next_batch * self._batch_size
+        rows = stream(first + self._share.start, first + self._share.stop, size=len(self._split), seed=self._seed)
+        self.next_batch += 1
         return _batch(self._split, rows, np.ones(len(rows), bool))
-
-    def get_state(self) -> dict[str, int]:
-        """The number of the next batch, and what the stream is made from."""
-        return {"next_batch": self._next_batch, **self._stream}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to the batch that was next when `get_state` was called.
-
-        Raises:
-          ValueError: If the state is of another stream.
-        """
-        saved = {key: value for key, value in state.items() if key != "next_batch"}
-        if saved != self._stream or "next_batch" not in state:
-            raise ValueError(
-                f"the saved input position {dict(state)} is of another training stream than this run's {self._stream}; "
-                "go on with the settings it was saved with, or start a new run"
-            )
-        self._next_batch = state["next_batch"]
 
     def close(self) -> None:
         """Nothing works in the background."""
@@ -240,8 +219,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """One pass over a split, each example exactly once.
 
-    Every process gets ceil(N / global_batch_size) batches of the N examples. What is missing in the last one is padded with
-    `valid=False`; padded rows have black images, label 0 and index 0.
+    Every process gets ceil(N / global_batch_size) batches of the N examples. What is missing in the last one is padded
+    with `valid=False`; padded rows have black images, label 0 and index 0.
 
     Args:
       split: What to evaluate.

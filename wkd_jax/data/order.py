@@ -8,6 +8,8 @@ hence sorting raw bits.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +87,52 @@ def process_share(global_batch_size: int, process_index: int, process_count: int
         )
     rows = global_batch_size // process_count
     return slice(process_index * rows, (process_index + 1) * rows)
+
+
+class Position:
+    """Where a training stream stands: the part of an `Input` that is saved, the same whatever reads the examples.
+
+    Attributes:
+      next_batch: Number of the batch that `next` will give.
+
+    Args:
+      size: Number of examples, N.
+      seed: Of the run, >= 0.
+      global_batch_size: Examples a batch, over all processes.
+
+    Raises:
+      ValueError: If `seed` is negative.
+
+    Example:
+      >>> position = Position(size=5, seed=0, global_batch_size=4)
+      >>> position.next_batch = 3
+      >>> position.get_state()
+      {'next_batch': 3, 'seed': 0, 'num_examples': 5, 'global_batch_size': 4}
+    """
+
+    def __init__(self, *, size: int, seed: int, global_batch_size: int) -> None:
+        if seed < 0:
+            raise ValueError(f"seed={seed}: must be 0 or more")
+        self._stream = {"seed": seed, "num_examples": size, "global_batch_size": global_batch_size}
+        self.next_batch = 0
+
+    def get_state(self) -> dict[str, int]:
+        """The number of the next batch, and what the stream is made from."""
+        return {"next_batch": self.next_batch, **self._stream}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to the batch that was next when `get_state` was called.
+
+        Raises:
+          ValueError: If the state is of another stream.
+        """
+        saved = {key: value for key, value in state.items() if key != "next_batch"}
+        if saved != self._stream or "next_batch" not in state:
+            raise ValueError(
+                f"the saved input position {dict(state)} is of another training stream than this run's {self._stream}; "
+                "go on with the settings it was saved with, or start a new run"
+            )
+        self.next_batch = state["next_batch"]
 
 
 def training_subset(labels: np.ndarray, train_images: int) -> np.ndarray:

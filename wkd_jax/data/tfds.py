@@ -10,6 +10,7 @@ import difflib
 import io
 import re
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,9 @@ def tfds(
     """
     if image_size < 0:
         raise ValueError(f"image_size={image_size}: must be 0 (leave images as they are) or a number of pixels")
-    builder = _find(dataset, data_dir)
+    builder = find(dataset, data_dir)
     full_name = builder.info.full_name
-    features = _Features(builder.info, image_key, label_key)
+    features = Features(builder.info, image_key, label_key)
     train = _Records(builder, "train_split", train_split, features, image_size)
     test = _Records(builder, "test_split", test_split, features, image_size)
 
@@ -81,7 +82,7 @@ def tfds(
     return MemoryDataSet(full_name, features.class_names, train_data, test_data, *channel_statistics(train_data.images))
 
 
-class _Features:
+class Features:
     """The two features that are read of each record, checked to be an 8-bit image and a class label.
 
     Others are not decoded.
@@ -121,7 +122,7 @@ class _Features:
 class _Records:
     """One split of a prepared set."""
 
-    def __init__(self, builder: Any, argument: str, split: str, features: _Features, image_size: int) -> None:
+    def __init__(self, builder: Any, argument: str, split: str, features: Features, image_size: int) -> None:
         import tensorflow_datasets
 
         self._name = f"{builder.info.full_name} {split}"
@@ -192,14 +193,18 @@ class _Records:
         return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def _find(dataset: str, data_dir: str | None) -> Any:
-    """The TFDS builder of a prepared set, checked to have ArrayRecord files."""
+def find(dataset: str, data_dir: str | None) -> Any:
+    """The TFDS builder of a prepared set, checked to have ArrayRecord files.
+
+    Raises:
+      ValueError: If the set is unknown, not prepared, or in other files; says how to prepare it.
+    """
     import tensorflow_datasets
 
     option = f" --data_dir={data_dir}" if data_dir else ""
     prepare = (
-        f"prepare it once, where TensorFlow is installed, with `tfds build {dataset}{option} "
-        "--file_format=array_record` (see docs/data.md)"
+        f"`python -m wkd_jax.data prepare {dataset}{option}` prepares it, once, where TensorFlow is installed"
+        " (docs/data.md)"
     )
     try:
         builder = tensorflow_datasets.builder(dataset, data_dir=data_dir)
@@ -212,14 +217,50 @@ def _find(dataset: str, data_dir: str | None) -> Any:
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         ) from None
     if not builder.info.splits:
-        raise ValueError(f"dataset={dataset!r}: nothing is prepared in {builder.data_dir}; {prepare}")
+        raise ValueError(f"dataset={dataset!r}: nothing is prepared in {builder.data_dir}: {prepare}")
+    # A builder that TFDS has code for does not notice that a prepared set has a second format; that of its files does.
+    builder = tensorflow_datasets.builder_from_directory(builder.data_dir)
     formats = sorted(file_format.value for file_format in builder.info.available_file_formats())
     if "array_record" not in formats:
         raise ValueError(
             f"dataset={dataset!r}: {builder.data_dir} holds {', '.join(formats)} files, but only ArrayRecord "
-            f"files are read; take another data_dir and {prepare}"
+            f"files are read: `python -m wkd_jax.data prepare {dataset}{option}` converts TFRecord, without a download"
         )
     return builder
+
+
+def shards(builder: Any, argument: str, split: str) -> list[tuple[Any, int]]:
+    """The ArrayRecord files of a split, in order.
+
+    Args:
+      builder: As `find` gives it.
+      argument: What the config calls the split, for messages.
+      split: TFDS split expression.
+
+    Returns:
+      (TFDS's `FileInstruction`, bytes of the file) of each.
+
+    Raises:
+      ValueError: If there is no such split, it is empty, or a file of it is missing.
+    """
+    import tensorflow_datasets
+    from etils import epath
+
+    array_record = tensorflow_datasets.core.file_adapters.FileFormat.ARRAY_RECORD
+    if builder.info.file_format != array_record:  # the set was prepared in another format, and converted
+        builder.info.set_file_format(array_record, override=True, override_if_initialized=True)
+    try:
+        instructions = builder.info.splits[split].file_instructions
+    except ValueError as error:
+        raise ValueError(f"{builder.info.full_name}: {argument}={split!r}: {error}") from error
+    if not sum(instruction.take for instruction in instructions):
+        raise ValueError(f"{builder.info.full_name}: {argument}={split!r}: it has no examples")
+    try:
+        with futures.ThreadPoolExecutor(16) as pool:  # a thousand files, perhaps far away
+            sizes = list(pool.map(lambda part: epath.Path(part.filename).stat().length, instructions))
+    except OSError as error:
+        raise ValueError(f"{builder.info.full_name} {split}: a file is missing: {error}; complete the copy") from error
+    return list(zip(instructions, sizes, strict=True))
 
 
 REGISTER = {"tfds": tfds}

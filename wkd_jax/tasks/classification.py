@@ -1,19 +1,28 @@
-"""Image classification: hard-label loss, on-device augmentation, metrics."""
+"""Image classification: hard-label loss, on-device augmentation, metrics.
+
+A training batch is cropped and flipped, mixed (uint8), normalised for each network, and erased; the first two and all
+draws of the third are done once, so that student and teacher see the same.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from wkd_jax import losses
-from wkd_jax.data import augment
+from wkd_jax.data import augment, mix
 from wkd_jax.data.base import DataSet
 from wkd_jax.evaluation import topk
 from wkd_jax.types import Array, Batch, Context, Normalisation, Outputs, Term, Terms
+
+# Folded into the step's key; beyond any example's position, which `augment.augment` folds in.
+_MIX, _ERASE = 2**31, 2**31 + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +37,12 @@ class Classification:
         "label_smoothing": 0.0,
         "pad": 0,  # pixels of black border before the random crop; 0: no crop
         "flip": False,  # mirror half of the images
+        "mixup": 0.0,  # alpha of its Beta distribution; 0: off
+        "cutmix": 0.0,  # likewise
+        "mix_probability": 1.0,  # of mixing a group of images, by mixup or cutmix
+        "cutmix_share": 0.5,  # of cutmix among the mixed groups, where both are on
+        "mix_group_size": 0,  # consecutive images mixed alike, each with another; 0: the whole (micro)batch
+        "erase": 0.0,  # probability of filling a box of an image with noise
     }
     METRIC: ClassVar[str] = "student_top1"
 
@@ -42,6 +57,15 @@ class Classification:
             raise ValueError(
                 f"task.pad={config['pad']}: must be from 0 to below the images' side, {min(self.data.image_size)}"
             )
+        for name in ("mixup", "cutmix"):
+            if not 0 <= config[name] < math.inf:
+                raise ValueError(f"task.{name}={config[name]}: must be 0 (off) or a finite number above it")
+        for name in ("mix_probability", "cutmix_share", "erase"):
+            if not 0 <= config[name] <= 1:
+                raise ValueError(f"task.{name}={config[name]}: must be from 0 to 1")
+        size = config["mix_group_size"]
+        if size < 0 or size % 2:
+            raise ValueError(f"task.mix_group_size={size}: must be 0 (the whole batch) or an even number of images")
 
     @property
     def num_classes(self) -> int:
@@ -49,13 +73,36 @@ class Classification:
         return len(self.data.class_names)
 
     def augment(self, batch: Batch, key: Array) -> Batch:
-        """Random crop of the padded image and random flip, uint8."""
-        image = augment.augment(batch.image, batch.index, key, pad=self.config["pad"], flip=self.config["flip"])
-        return dataclasses.replace(batch, image=image)
+        """Random crop of the padded image, random flip, then mixup or cutmix, uint8; draws what is to be erased.
+
+        Mixed labels are [B, C] float32. What `normalise` needs to erase is put in `Batch.extra`.
+        """
+        config = self.config
+        image = augment.augment(batch.image, batch.index, key, pad=config["pad"], flip=config["flip"])
+        batch = dataclasses.replace(batch, image=image)
+        if config["mixup"] or config["cutmix"]:
+            batch = mix.mix(
+                batch,
+                jax.random.fold_in(key, _MIX),
+                num_classes=self.num_classes,
+                mixup=config["mixup"],
+                cutmix=config["cutmix"],
+                probability=config["mix_probability"],
+                cutmix_share=config["cutmix_share"],
+                group_size=config["mix_group_size"],
+            )
+        if config["erase"]:
+            box, noise = mix.draw_erase(
+                batch.index, jax.random.fold_in(key, _ERASE), image.shape[1:3], probability=config["erase"]
+            )
+            batch = dataclasses.replace(batch, extra={**batch.extra, "erase_box": box, "erase_key": noise})
+        return batch
 
     def normalise(self, batch: Batch, normalisation: Normalisation) -> Batch:
-        """uint8 to normalised float32."""
+        """uint8 to normalised float32; then erases what `augment` drew, for every network the same box and noise."""
         image = augment.normalise(batch.image, normalisation.mean, normalisation.std)
+        if "erase_box" in batch.extra:
+            image = mix.erase(image, batch.extra["erase_box"], batch.extra["erase_key"])
         return dataclasses.replace(batch, image=image)
 
     def student_inputs(self, batch: Batch) -> dict[str, Any]:

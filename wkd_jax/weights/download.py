@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from wkd_jax import cache as cache_lib
+
 _ATTEMPTS = 4
 _TIMEOUT = 60.0  # seconds without a byte
 _CHUNK = 2**20  # bytes
@@ -62,8 +64,7 @@ def fetch(
 
     Args:
       url: https://, http:// or gs://bucket/path of a public object. Proxies are those of the environment.
-      cache: Files go to `weights/` in it. None: `$WKD_JAX_CACHE`, else `$XDG_CACHE_HOME/wkd_jax`, else
-        `~/.cache/wkd_jax`.
+      cache: Files go to `weights/` in it. None: `wkd_jax.cache.folder()`.
       sleep: Waits so many seconds between attempts.
 
     Raises:
@@ -114,10 +115,7 @@ def _parse(url: str) -> _Source:
 
 
 def _cache_folder(cache: str | os.PathLike[str] | None) -> pathlib.Path:
-    if cache is None:
-        user = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        cache = os.environ.get("WKD_JAX_CACHE") or pathlib.Path(user) / "wkd_jax"
-    folder = pathlib.Path(cache).expanduser() / "weights"
+    folder = (cache_lib.folder() if cache is None else pathlib.Path(cache).expanduser()) / "weights"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

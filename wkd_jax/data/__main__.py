@@ -1,0 +1,94 @@
+"""Command line: data sets.
+
+python -m wkd_jax.data prepare imagenet2012 --data_dir DIR [--manual_dir D]
+python -m wkd_jax.data prepare folder --data_dir DIR [--from ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar]
+python -m wkd_jax.data check NAME-or-DIR [--decode]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+from wkd_jax.data.prepare import prepare
+from wkd_jax.data.unpack import unpack
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        for line in args.run(args):
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()  # the next may take an hour
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m wkd_jax.data", description="Data sets.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    making = commands.add_parser(
+        "prepare",
+        help="make a data set readable for training",
+        description="Does what is not done yet. A set of TensorFlow Datasets is built (which alone needs TensorFlow), "
+        "or converted if its files are TFRecord, and gets an index of its labels. `folder` unpacks ImageNet's archives "
+        "into class folders, and sorts a val folder that has none.",
+    )
+    making.add_argument("dataset", help="as TensorFlow Datasets writes it, name[/config][:version]; or: folder")
+    making.add_argument("--data_dir", help="where prepared sets are; default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
+    making.add_argument("--manual_dir", help="archives fetched by hand; default: downloads/manual in --data_dir")
+    making.add_argument("--label_key", default="label", help="feature that holds the class label; default: label")
+    making.add_argument(
+        "--from", dest="archives", nargs="+", default=[], metavar="TAR", help="with folder: archives to unpack"
+    )
+    making.set_defaults(run=_prepare)
+
+    looking = commands.add_parser(
+        "check",
+        help="say what a data set holds and what is wrong with it",
+        description="Exit code 1 if anything is wrong.",
+    )
+    looking.add_argument("source", metavar="NAME-or-DIR", help="a set of TensorFlow Datasets, or a folder")
+    looking.add_argument("--data_dir", help="where the set of that name was prepared")
+    looking.add_argument("--train_split", default="train", help="of image folders; default: train")
+    looking.add_argument("--test_split", default="val", help="of image folders; default: val")
+    looking.add_argument("--image_key", default="image", help="feature that holds the image; default: image")
+    looking.add_argument("--label_key", default="label", help="feature that holds the class label; default: label")
+    looking.add_argument("--decode", action="store_true", help="decode every image, and name those that cannot be")
+    looking.set_defaults(run=_check)
+    return parser
+
+
+def _prepare(args: argparse.Namespace) -> Iterator[str]:
+    if args.dataset != "folder":
+        if args.archives:
+            raise ValueError("--from has a meaning with folder alone; archives of a TFDS set go to --manual_dir")
+        return prepare(args.dataset, data_dir=args.data_dir, manual_dir=args.manual_dir, label_key=args.label_key)
+    if not args.data_dir:
+        raise ValueError("prepare folder: give --data_dir, the folder that has, or gets, train and val")
+    if args.manual_dir:
+        raise ValueError("--manual_dir has a meaning with TFDS sets alone; give archives with --from")
+    return unpack(args.data_dir, args.archives)
+
+
+def _check(args: argparse.Namespace) -> Iterator[str]:
+    from wkd_jax.data.check import check  # needs what training needs; preparing, perhaps elsewhere, does not
+
+    return check(
+        args.source,
+        data_dir=args.data_dir,
+        train_split=args.train_split,
+        test_split=args.test_split,
+        image_key=args.image_key,
+        label_key=args.label_key,
+        decode=args.decode,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
