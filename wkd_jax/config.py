@@ -24,6 +24,8 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,  # of initialisation, data order and augmentation
     "epochs": 1,
     "global_batch_size": 64,  # examples a step, over all devices
+    "accumulation": 1,  # microbatches that a step is cut into, one after the other; BatchNorm sees one at a time
+    "remat": False,  # recompute each stage's activations in the backward pass instead of keeping them
     "dtype": "float32",  # of activations: float32 or bfloat16; parameters and losses are float32
     "data": {"name": ""},  # a registered data set and its arguments
     "task": {"name": "classification"},
@@ -77,12 +79,26 @@ _TEACHER = {  # exactly one of run, train and weights
     "which": "latest",  # of run and train: latest or best checkpoint
     "model": {},  # of weights: a registered model and its arguments; {}: as the file says
     "normalisation": {},  # of weights: {"mean": (r, g, b), "std": ...}; {}: as the file says, or else the data set's
+    "perturb_statistics": False,  # shift its BatchNorm statistics once, as the released code does before WKD-F
 }
+
+# What may change when a run goes on: where and how it runs, not what it computes. No part of its identity.
+OPERATIONAL = (
+    "mesh",
+    "sharding",
+    "remat",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "data.data_dir",
+    "data.workers",
+)
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (lambda x: re.fullmatch(r"[\w.+-]*\w", x) is not None, "letters, digits and . + - _ alone"),
     "epochs": (lambda x: x > 0, "above 0"),
     "global_batch_size": (lambda x: x > 0, "above 0"),
+    "accumulation": (lambda x: x > 0, "above 0"),
     "seed": (lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
     "dtype": (lambda x: x in ("float32", "bfloat16"), "float32 or bfloat16"),
     "ema": (lambda x: 0 <= x < 1, "from 0 to below 1"),
@@ -284,6 +300,11 @@ def _check_ranges(config: Mapping[str, Any], path: str) -> None:
                 raise ValueError(f"{path}{key}: {pattern!r} is not a regular expression: {error}") from error
     if config["init"]["reset_head"] and not config["init"]["weights"]:
         raise ValueError(f"{path}init.reset_head=True: has a meaning with {path}init.weights alone")
+    if config["global_batch_size"] % config["accumulation"]:
+        raise ValueError(
+            f"{path}accumulation={config['accumulation']}: must divide {path}global_batch_size="
+            f"{config['global_batch_size']}"
+        )
     milestones = config["optimizer"]["milestones"]
     if any(isinstance(epoch, bool) or not isinstance(epoch, int | float) for epoch in milestones):
         raise ValueError(f"{path}optimizer.milestones={milestones!r}: needs numbers of epochs")
@@ -305,9 +326,29 @@ def to_json(config: Mapping[str, Any]) -> str:
     return json.dumps(_plain(config), indent=2) + "\n"
 
 
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config without its `OPERATIONAL` keys, its teacher's included: what a run computes.
+
+    Example:
+      >>> config = resolve({"data": {"name": "digits"}, "student": {"name": "resnet8"}})
+      >>> "seed" in identity(config), "mesh" in identity(config)
+      (True, False)
+    """
+    kept = _plain(config)
+    for key in OPERATIONAL:
+        *sections, leaf = key.split(".")
+        node = kept
+        for section in sections:
+            node = node[section]
+        node.pop(leaf, None)
+    if kept["teacher"] and kept["teacher"]["train"]:
+        kept["teacher"]["train"] = identity(kept["teacher"]["train"])
+    return kept
+
+
 def digest(config: Mapping[str, Any]) -> str:
-    """Eight hex digits that name a resolved config."""
-    return hashlib.sha256(json.dumps(_plain(config), sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hex digits that name what a resolved config computes."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def default_workdir(config: Mapping[str, Any], root: str = "runs") -> pathlib.Path:

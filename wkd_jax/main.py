@@ -1,8 +1,10 @@
 """Command line: runs a config file, from data to report.
 
     python -m wkd_jax.main --config FILE[:key=value,...] [--config.KEY=VALUE ...] [--workdir DIR]
+                           [--check] [--distributed]
 
-The same command continues a run that was stopped, and shows the report of one that is done.
+The same command continues a run that was stopped, and shows the report of one that is done. Exit codes: 0 done; 1 an
+error that starting again does not mend; 75 preempted, or another process was lost: start again.
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from wkd_jax import config as config_lib
 from wkd_jax import report
-from wkd_jax.training import build, loop, workdir
+from wkd_jax.training import build, loop, preemption, preflight, processes, workdir
 
 
 def load_config(argument: str, overrides: Sequence[str] = ()) -> Mapping[str, Any]:
@@ -91,7 +96,7 @@ def execute(config: Mapping[str, Any], directory: pathlib.Path, teacher_director
     elif teacher and teacher["run"]:
         source = pathlib.Path(teacher["run"])
     loop.run(config, directory, source)
-    return report.write(directory)
+    return pathlib.Path(processes.first(lambda: str(report.write(directory))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,28 +107,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="config file, with its arguments after a colon")
     parser.add_argument("--workdir", help="where the run lives; default: runs/ and a name derived from the config")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    parser.add_argument(
+        "--check", action="store_true", help="everything but the training: data, weights, shapes, memory, time"
+    )
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of several processes, one a host; launch/ starts them"
+    )
     args, rest = parser.parse_known_args(argv)
     overrides = [item.removeprefix("--config.") for item in rest if item.startswith("--config.")]
     if len(overrides) != len(rest):
         parser.error(f"unknown argument {next(item for item in rest if not item.startswith('--config.'))!r}")
     try:
-        config = load_config(args.config, overrides)
-        build.check(config)
-        directory = pathlib.Path(args.workdir) if args.workdir else config_lib.default_workdir(config)
-        path = execute(config, directory, directory / "teacher" if args.workdir else None)
+        if args.distributed:
+            processes.initialize()
+        return _exit(_run(args, overrides))
+    except preemption.Preempted as stopped:
+        return _exit(preemption.EXIT_CODE, f"preempted: {stopped}; the same command goes on")
+    except loop.ProcessLostError as error:
+        return _exit(preemption.EXIT_CODE, f"error: {error}")
     except (ValueError, OSError, loop.TrainingError) as error:
         if args.traceback:
             raise
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+        return _exit(1, f"error: {error}")
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: the same command continues from the last checkpoint\n")
-        return 130
-    result = workdir.read_json(directory / workdir.RESULT)
-    numbers = [f"{key} {result[key]:.2f}" for key in ("teacher_top1", *result["best"]) if result.get(key) is not None]
-    sys.stdout.write(f"{', '.join(numbers)} after {result['steps']} steps\n")
-    sys.stdout.write(f"report: {path}\n")
+        return _exit(130, "interrupted: the same command continues from the last checkpoint")
+
+
+def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load_config(args.config, overrides)
+    directory = pathlib.Path(args.workdir) if args.workdir else config_lib.default_workdir(config)
+    if args.check:
+        text = preflight.report(config, directory)
+        sys.stdout.write(text if jax.process_index() == 0 else "")
+        return 0
+    processes.everywhere(lambda: build.check(config))
+    path = execute(config, directory, directory / "teacher" if args.workdir else None)
+    if jax.process_index() == 0:
+        result = workdir.read_json(directory / workdir.RESULT)
+        numbers = [
+            f"{key} {result[key]:.2f}" for key in ("teacher_top1", *result["best"]) if result.get(key) is not None
+        ]
+        sys.stdout.write(f"{', '.join(numbers)} after {result['steps']} steps\n")
+        sys.stdout.write(f"report: {path}\n")
     return 0
+
+
+def _exit(code: int, message: str = "") -> int:
+    """Says why the run ends. One of several processes that fails ends at once, since it would wait for the others."""
+    if message:
+        sys.stderr.write(f"{message}\n")
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

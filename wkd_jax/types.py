@@ -28,7 +28,7 @@ class Batch:
       image: [B, H, W, 3], uint8 as loaded and augmented; float32, normalised, once made a network's input.
       label: [B] int32, or [B, C] float32 once labels were mixed.
       index: [B] int32, position of each example in its data set (memory banks address by it).
-      valid: [B] bool, False for padding. Training batches are never padded.
+      valid: [B] bool, False for padding, which training batches never have, and for images that could not be read.
       extra: What one task adds, such as the padded boxes of a detection batch.
     """
 
@@ -215,9 +215,10 @@ class Setup:
       student: What the student publishes.
       teacher: What the teacher publishes; None in a run without a teacher.
       image_size: (height, width) of the training images, pixels.
-      global_batch_size: Examples a step, over all devices.
+      global_batch_size: Examples that a method sees at once, over all devices: those of a step, or of a microbatch.
       epochs: Of the whole run.
-      labels: [num_examples] int32, training labels in data-set order (host memory), for class-aware memory banks.
+      labels: Call it to get the training labels in data-set order, [num_examples] int32 NumPy, for class-aware memory
+        banks. The first call may take a pass over the data set.
       similarity: Call it to get the teacher's class similarity [C, C], float32 NumPy, as the run's `interrelation`
         config says. It is computed once, on the first call, and kept on disk.
     """
@@ -227,7 +228,7 @@ class Setup:
     image_size: tuple[int, int]
     global_batch_size: int
     epochs: int
-    labels: np.ndarray
+    labels: Callable[[], np.ndarray]
     similarity: Callable[[], np.ndarray]
 
 

@@ -57,9 +57,9 @@ class Everything(nnx.Module):
     def __init__(self, config, setup, *, rngs):
         student, teacher = setup.student.taps["stage2"], setup.teacher.taps["stage2"]
         self.bridge = nnx.Conv(student.channels, teacher.channels, (1, 1), rngs=rngs)  # FCFD
-        self.bank = Memory(jnp.zeros((len(setup.labels), setup.student.pooled)))  # CRD
+        self.bank = Memory(jnp.zeros((len(setup.labels()), setup.student.pooled)))  # CRD
         self.first = Memory(jnp.zeros(()))
-        self.labels = Constant(jnp.asarray(setup.labels))
+        self.labels = Constant(jnp.asarray(setup.labels()))
         self.temperature = nnx.Param(4.0)  # CTKD
 
     def terms(self, context):

@@ -43,6 +43,8 @@ class Staged(nnx.Module):
     Attributes:
       IMAGE_SIZE: (height, width) of the images that the family was designed for, pixels.
       KEY_STYLES: Names of the arrays in other code bases, by code base; the first is what weights are exported in.
+      remat: Whether training keeps the parts' results alone and computes what is inside them again for the gradient:
+        less memory, a second forward pass.
 
     Args:
       name: Registered name of the network.
@@ -57,6 +59,7 @@ class Staged(nnx.Module):
         self.name = name
         self.num_classes = num_classes
         self.dtype = dtype
+        self.remat = False
 
     @property
     def info(self) -> ModelInfo:
@@ -110,11 +113,21 @@ class Staged(nnx.Module):
         """The named parts, then the head."""
         x, taps, given = x.astype(self.dtype), {}, x.shape
         for part in parts:
-            x = taps[part] = self._part(part, x, train=train, rngs=rngs)
+            run = _runner(part, train)
+            x = taps[part] = (nnx.remat(run) if self.remat and train else run)(self, x, rngs)
             if 0 in x.shape:
                 raise ValueError(f"{self.name}: an input of {given} is too small, {part} would have shape {x.shape}")
         pooled, logits = self._head(x, train=train, rngs=rngs)
         return Outputs(logits=logits, taps=taps, pooled=pooled)
+
+
+def _runner(part: str, train: bool) -> Callable[[Staged, Array, nnx.Rngs | None], Array]:
+    """A part as a function of everything it reads and changes, as `nnx.remat` needs it."""
+
+    def run(network: Staged, x: Array, rngs: nnx.Rngs | None) -> Array:
+        return network._part(part, x, train=train, rngs=rngs)
+
+    return run
 
 
 def factories(family: type[Staged], names: Iterable[str]) -> dict[str, Callable[..., Staged]]:

@@ -119,36 +119,90 @@ def pretrained(config: Mapping[str, Any], data: DataSet) -> tuple[Network, list[
     return network(described, classes, config["dtype"], arrays, normalisation), notes
 
 
-def check(config: Mapping[str, Any]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run of which nothing was computed: what `Run` holds, arrays as shapes with shardings.
+
+    Attributes:
+      program: The static half.
+      state: Abstract.
+      frozen: Abstract.
+      mesh: The devices.
+      data: The data set.
+      teacher: What the teacher publishes; None in a run without one.
+      parameters: See `Run`.
+      notes: See `Run`.
+      needs_similarity: Whether a method asked for the class similarity, and it has to be computed.
+    """
+
+    program: Program
+    state: TrainState
+    frozen: Frozen
+    mesh: Mesh
+    data: DataSet
+    teacher: ModelInfo | None
+    parameters: dict[str, int]
+    notes: tuple[str, ...]
+    needs_similarity: bool
+
+
+def plan(
+    config: Mapping[str, Any], *, teacher: Network | None = None, devices: Sequence[jax.Device] | None = None
+) -> Plan:
     """Refuses what cannot work in a config, its teacher's included, before anything is trained or compiled.
 
     Everything is built, but abstractly: no parameter is computed. Files of weights are read, since a wrong one is to be
     known before hours are spent on a teacher.
 
+    Args:
+      config: Resolved.
+      teacher: Of a config whose `teacher.run` is an earlier run; None where the config says all.
+      devices: Defaults to all devices of all processes.
+
     Raises:
       ValueError: As `run`.
+      OSError: If a file of weights is not there, or cannot be downloaded.
     """
-    data, teacher = data_set(config["data"]), None
+    data, notes = data_set(config["data"]), []
     if config["teacher"] and config["teacher"]["train"]:
-        earlier = config["teacher"]["train"]
-        check(earlier)
-        classes = task(earlier, data_set(earlier["data"])).num_classes
-        teacher = nnx.eval_shape(lambda: model(earlier["student"], classes, config["dtype"], 0)).info
+        teacher = _future(config["teacher"]["train"], config["dtype"])
     elif config["teacher"] and config["teacher"]["weights"]:
-        teacher = pretrained(config, data)[0].info
-    elif config["teacher"]:
-        return  # an existing run: `run` meets it before anything is trained
-    sharding.check_batch(config["global_batch_size"], sharding.make_mesh(config["mesh"]))
+        teacher, notes = pretrained(config, data)
+    mesh = sharding.make_mesh(config["mesh"], devices)
+    sharding.check_batch(config["global_batch_size"], config["accumulation"], mesh)
+    asked = []
 
     def similarity() -> np.ndarray:
         if file := config["interrelation"]["file"]:
             return interrelation.load_file(pathlib.Path(file), data.class_names)
+        asked.append(True)
         return 0.5 + 0.5 * np.eye(len(data.class_names), dtype=np.float32)  # in place of the one to be computed
 
-    learner = nnx.eval_shape(lambda: _learner(config, data, teacher, similarity))
-    _initial(config, data, learner.student)
-    _, params, _, _ = functional.split(learner)
-    optimizer.build(config["optimizer"], optimizer.learning_rate(config["optimizer"], _clock(config, data)), params)
+    learner = nnx.eval_shape(lambda: _learner(config, data, teacher.info if teacher else None, similarity))
+    notes += _initial(config, data, learner.student)[1]
+    program, *arrays = _assemble(config, data, teacher, learner)
+    arrays = tuple(arrays)
+    shardings = sharding.place(arrays, mesh, config["sharding"])
+    state, frozen = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arrays, shardings
+    )
+    info = teacher.info if teacher else None
+    counted = _count(state.params, teacher)
+    return Plan(program, state, frozen, mesh, data, info, counted, tuple(notes), bool(asked))
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuses what cannot work, as `plan` does; a teacher that is an earlier run is met by `run`."""
+    if not (config["teacher"] and config["teacher"]["run"]):
+        plan(config)
+
+
+def _future(config: Mapping[str, Any], dtype: str) -> Network:
+    """The student of a run that is still to be made, checked like any other; its arrays are shapes."""
+    made = plan(config)
+    module = nnx.eval_shape(lambda: model(config["student"], made.program.task.num_classes, dtype, 0))
+    structure, params, variables, _ = functional.split(module)
+    return Network(structure, {**params, **variables}, module.info, made.program.student_input)
 
 
 def task(config: Mapping[str, Any], data: DataSet) -> Task:
@@ -176,11 +230,20 @@ def run(
       ValueError: For anything in the config that does not fit, before any compilation.
     """
     mesh = sharding.make_mesh(config["mesh"], devices)
-    sharding.check_batch(config["global_batch_size"], mesh)
-    clock = _clock(config, data)
+    sharding.check_batch(config["global_batch_size"], config["accumulation"], mesh)
     learner = _learner(config, data, teacher.info if teacher else None, similarity)
     initial, notes = _initial(config, data, learner.student)
     functional.update(learner.student, initial)
+    program, *arrays = _assemble(config, data, teacher, learner)
+    state, frozen = jax.tree.map(jax.device_put, tuple(arrays), sharding.place(tuple(arrays), mesh, config["sharding"]))
+    return Run(program, state, frozen, mesh, program.task.num_classes, _count(state.params, teacher), tuple(notes))
+
+
+def _assemble(
+    config: Mapping[str, Any], data: DataSet, teacher: Network | None, learner: Learner
+) -> tuple[Program, TrainState, Frozen]:
+    """A run's program and arrays; shapes, where those of the learner and the teacher are."""
+    clock = _clock(config, data)
     structure, params, variables, constants = functional.split(learner)
     schedule = optimizer.learning_rate(config["optimizer"], clock)
     update = optimizer.build(config["optimizer"], schedule, params)
@@ -195,27 +258,35 @@ def run(
         clock=clock,
         seed=config["seed"],
         ema=config["ema"],
+        accumulation=config["accumulation"],
     )
-    averaged = {name: leaf for name, leaf in {**params, **variables}.items() if name.startswith("student/")}
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        variables=variables,
-        opt_state=update.init(params),
-        ema={name: leaf.copy() for name, leaf in averaged.items()} if config["ema"] else {},
-    )
-    arrays = (state, Frozen(constants, teacher.arrays if teacher else {}))
-    state, frozen = jax.tree.map(jax.device_put, arrays, sharding.place(arrays, mesh, config["sharding"]))
-    parameters = {
+
+    def start(params: Params, variables: Params) -> TrainState:
+        averaged = {name: leaf for name, leaf in {**params, **variables}.items() if name.startswith("student/")}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            variables=variables,
+            opt_state=update.init(params),
+            ema={name: leaf.copy() for name, leaf in averaged.items()} if config["ema"] else {},
+        )
+
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in params.values())
+    state = jax.eval_shape(start, params, variables) if abstract else start(params, variables)
+    return program, state, Frozen(constants, teacher.arrays if teacher else {})
+
+
+def _count(params: Params, teacher: Network | None) -> dict[str, int]:
+    """Trained parameters of each part."""
+    return {
         "student": _size(functional.under(params, "student")),
         "methods": _size(functional.under(params, "methods")),
         "teacher": _size(_trained(teacher)) if teacher else 0,
     }
-    return Run(program, state, frozen, mesh, program.task.num_classes, parameters, tuple(notes))
 
 
 def _clock(config: Mapping[str, Any], data: DataSet) -> Clock:
-    return Clock(len(data.labels), config["global_batch_size"], config["epochs"])
+    return Clock(data.num_examples, config["global_batch_size"], config["epochs"])
 
 
 def _initial(config: Mapping[str, Any], data: DataSet, student: nnx.Module) -> tuple[Params, list[str]]:
@@ -235,6 +306,7 @@ def _learner(
     """Student and methods, freshly initialised. What is drawn for one does not depend on the others."""
     num_classes = task(config, data).num_classes
     student = model(config["student"], num_classes, config["dtype"], config["seed"])
+    student.remat = config["remat"]
     if teacher and teacher.num_classes != num_classes:
         raise ValueError(
             f"the teacher {teacher.name} has {teacher.num_classes} classes, the data set {data.name} has "
@@ -250,9 +322,9 @@ def _learner(
         student=student.info,
         teacher=teacher,
         image_size=data.image_size,
-        global_batch_size=config["global_batch_size"],
+        global_batch_size=config["global_batch_size"] // config["accumulation"],
         epochs=config["epochs"],
-        labels=data.labels,
+        labels=lambda: data.labels,
         similarity=functools.cache(similarity),
     )
     key = jax.random.key(config["seed"])

@@ -24,6 +24,7 @@ from wkd_jax.training.snapshot import DamagedError, Spec
 
 _DELETING = ".deleting"
 _DAMAGED = ".damaged"
+_REPLACED = ".replaced"
 _READABLE = ("params/", "variables/", "ema/")  # the flat dicts of a TrainState
 
 
@@ -81,7 +82,15 @@ class Checkpoints:
         """Steps of the finished checkpoints, ascending. One still being written is not among them."""
         return sorted(self._metrics)
 
-    def save(self, step: int, state: Any, record: dict[str, Any], *, metric: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        record: dict[str, Any],
+        *,
+        metric: float | None = None,
+        replace: bool = False,
+    ) -> None:
         """Starts to save; waits for the save before it first. `state` may be donated as soon as this returns.
 
         Args:
@@ -90,6 +99,8 @@ class Checkpoints:
           record: JSON-able: position of the input, hash of the config, whatever else a resumed run needs. Process 0's
             is stored.
           metric: By which the best is chosen, higher is better, the earlier on ties. None or NaN is never best.
+          replace: Whether it takes the place of the latest checkpoint, which is of this step: it was saved in haste,
+            without its metric. That one stays until the new one is whole.
 
         Raises:
           CheckpointError: If this save could not start or the one before it failed: a full disk, missing permission.
@@ -98,6 +109,8 @@ class Checkpoints:
           TypeError: If the state holds something else than arrays, or the record something that JSON has not.
         """
         self.wait()
+        if replace:
+            self._step_aside(step)
         if self._metrics and step <= max(self._metrics):
             raise ValueError(
                 f"cannot save step {step}: {self._directory} already has step {max(self._metrics)}; "
@@ -124,6 +137,9 @@ class Checkpoints:
         except Exception as error:  # a full disk is a ValueError in TensorStore's words
             raise self._failed(step, error) from error
         self._metrics[step] = metric
+        replaced = self._directory / f"{step}{_REPLACED}"
+        if jax.process_index() == 0 and replaced.exists():
+            shutil.rmtree(replaced)
         self._prune()
 
     def close(self) -> None:
@@ -179,7 +195,9 @@ class Checkpoints:
             if snapshot.TEMPORARY in path.name:
                 self._report(f"removed half-written checkpoint {path}: the run was stopped while it was being saved")
                 shutil.rmtree(path)
-            elif path.name.endswith(_DELETING):
+            elif path.name.endswith(_REPLACED) and not path.with_suffix("").exists():
+                path.rename(path.with_suffix(""))
+            elif path.name.endswith((_DELETING, _REPLACED)):
                 shutil.rmtree(path)
 
     def _restore(self, order: Iterable[int], abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -213,6 +231,14 @@ class Checkpoints:
         self._metrics.pop(step, None)
         if jax.process_index() == 0:
             path.rename(aside)
+
+    def _step_aside(self, step: int) -> None:
+        """Makes room for another checkpoint of a step; `_clear` brings this one back if the other never comes."""
+        self._metrics.pop(step)
+        if jax.process_index() == 0:
+            (self._directory / str(step)).rename(self._directory / f"{step}{_REPLACED}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoints: {step} has stepped aside")
 
     def _prune(self) -> None:
         stay = {*sorted(self._metrics)[-self._keep :], *_ranked(self._metrics)[:1]}

@@ -18,10 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from wkd_jax import interrelation
 from wkd_jax.data.base import DataSet
-from wkd_jax.training import build, sharding, workdir
+from wkd_jax.training import build, preemption, processes, sharding, workdir
 from wkd_jax.training import teacher as teacher_lib
 from wkd_jax.training.checkpoint import Checkpoints
 from wkd_jax.training.metrics import MetricWriter
+from wkd_jax.training.preemption import Notice, Preempted
 from wkd_jax.training.progress import Progress
 from wkd_jax.types import TrainState
 
@@ -30,6 +31,10 @@ PACKAGES = ("wkd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ot
 
 class TrainingError(RuntimeError):
     """A run that cannot go on. The message says what happened, at which step, and what to do."""
+
+
+class ProcessLostError(TrainingError):
+    """Another process of the run is gone. The same command, given to all of them, goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,31 +68,62 @@ def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: p
       ValueError: For anything in the config that cannot work, before compilation; or if the directory holds, or the
         teacher is, something else than when the run began.
       OSError: If the work directory cannot be written.
-      TrainingError: If a loss term or the gradient is no longer finite.
+      TrainingError: If a loss term or the gradient is no longer finite, or the devices' memory does not suffice.
+      Preempted: If the run was told to stop, and what it had done is saved.
     """
-    with workdir.claim(directory, config):
-        if workdir.finished(directory):
+    with workdir.claim(directory, config), preemption.watch() as notice:
+        if processes.first(lambda: workdir.finished(directory)):
             return workdir.read_json(directory / workdir.RESULT)
-        data, teacher = build.data_set(config["data"]), None
+        data, teacher = processes.everywhere(lambda: build.data_set(config["data"])), None
+        processes.agree("the data set", f"{data.num_examples} training images, content {data.fingerprint[:12]}")
         if config["teacher"]:
             teacher = teacher_lib.load(config, teacher_directory, data)
-        built = build.run(
-            config, data, teacher.network if teacher else None, lambda: teacher.similarity(config, data, directory)
-        )
-        identity = {
-            "data": data.fingerprint,
-            "teacher": teacher.fingerprint if teacher else None,
-            "constants": interrelation.hash_arrays(built.frozen.constants),
-        }
-        notes = [f"teacher: {note}" for note in (teacher.notes if teacher else ())]
-        notes += [f"student: {note}" for note in built.notes]
-        with jax.transfer_guard("disallow"):
-            outcome = _train(config, directory, data, built, identity, notes)
-        arrays = {name: value.tolist() for name, value in outcome.evaluation.items() if np.ndim(value)}
-        workdir.write_json(directory / workdir.EVALUATION, {"class_names": list(data.class_names), **arrays})
+        try:
+            built = build.run(
+                config,
+                data,
+                teacher.network if teacher else None,
+                lambda: teacher.similarity(config, data, directory, between_batches=notice.check),
+            )
+            identity = {
+                "data": data.fingerprint,
+                "teacher": teacher.fingerprint if teacher else None,
+                "constants": interrelation.hash_arrays(built.frozen.constants),
+            }
+            notes = [f"teacher: {note}" for note in (teacher.notes if teacher else ())]
+            notes += [f"student: {note}" for note in built.notes]
+            with jax.transfer_guard("disallow"):
+                outcome = _train(config, directory, data, built, identity, notes, notice)
+        except jax.errors.JaxRuntimeError as error:
+            raise _explained(error, config) from error
         result = _result(config, data, built, teacher, outcome) | {"identity": identity}
-        workdir.write_json(directory / workdir.RESULT, result)
+        arrays = {name: value.tolist() for name, value in outcome.evaluation.items() if np.ndim(value)}
+
+        def write() -> None:
+            workdir.write_json(directory / workdir.EVALUATION, {"class_names": list(data.class_names), **arrays})
+            workdir.write_json(directory / workdir.RESULT, result)
+
+        processes.first(write)
         return result
+
+
+def _explained(error: jax.errors.JaxRuntimeError, config: Mapping[str, Any]) -> TrainingError:
+    """What a failure of the devices means for the person who started the run."""
+    first_line = str(error).splitlines()[0][:300]
+    if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+        return TrainingError(
+            f"the devices' memory does not suffice ({first_line}). Of these, the first three leave the results as they "
+            f"are: more devices along mesh.data; remat=True (now {config['remat']}); sharding rules over mesh.model "
+            f"for large networks; dtype='bfloat16' (now {config['dtype']}); accumulation (now "
+            f"{config['accumulation']}: BatchNorm sees one microbatch at a time); a smaller global_batch_size (now "
+            f"{config['global_batch_size']}). `--check` shows what a setting needs"
+        )
+    if jax.process_count() > 1:
+        return ProcessLostError(
+            f"process {jax.process_index()} of {jax.process_count()} lost another one: {first_line}. What was saved "
+            "is whole: the same command, on all of them, goes on from there"
+        )
+    return TrainingError(f"the devices failed: {first_line}")
 
 
 def _train(
@@ -97,15 +133,16 @@ def _train(
     built: build.Run,
     identity: Mapping[str, Any],
     notes: list[str],
+    notice: Notice,
 ) -> Outcome:
-    """Trains to the end. `notes` are sentences to show when there is something to show them on."""
+    """Trains to the end, or until `notice`. `notes` are sentences to show when there is something to show them on."""
     program, clock = built.program, built.program.clock
     replicated = NamedSharding(built.mesh, PartitionSpec())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
     train_step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
     eval_step = jax.jit(program.eval_step, out_shardings=replicated)
     inputs = data.training(
-        global_batch_size=config["global_batch_size"],
+        global_batch_size=config["global_batch_size"] // config["accumulation"],
         seed=config["seed"],
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -113,15 +150,17 @@ def _train(
     eval_steps = {clock.steps(epoch) for epoch in range(config["eval_every"], config["epochs"], config["eval_every"])}
     eval_steps.add(clock.total_steps)
     metric = program.task.METRIC
-    record: dict[str, Any] = {"step": 0, "best": {}, "seconds": 0.0, "identity": identity}
+    record: dict[str, Any] = {"step": 0, "evaluated": 0, "best": {}, "seconds": 0.0, "identity": identity}
     state, evaluation, started = built.state, None, time.monotonic()
 
     with contextlib.ExitStack() as stack:
+        stack.callback(inputs.close)
         checkpoints = stack.enter_context(
             Checkpoints(directory / workdir.CHECKPOINTS, keep=config["keep"], report=notes.append)
         )
         if restored := checkpoints.restore_latest(built.abstract_state):
-            state, record = restored
+            state, saved = restored
+            record |= saved
             _same_run(record["identity"], identity, directory)
             inputs.set_state(record["input"])
             notes.append(f"continuing from step {record['step']}")
@@ -136,32 +175,56 @@ def _train(
             while notes:
                 progress.note(notes.pop(0))
 
+        def evaluate(step: int) -> dict[str, Any] | None:
+            """Metrics of the test split, written down; None if the run was told to stop before they were complete."""
+            evaluation = _evaluate(eval_step, state, config, data, built, notice)
+            if evaluation is None:
+                return None
+            scalars = _scalars(evaluation)
+            watch.finite(step, {f"evaluation {name}": value for name, value in scalars.items()})
+            writer.write(step, "eval", {"epoch": clock.epochs_done(step), **scalars})
+            progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
+            if not record["best"] or evaluation[metric] > record["best"][metric]:
+                record["best"] = {metric: evaluation[metric], "step": step}
+            record["evaluated"] = step
+            return evaluation
+
+        def save(step: int, *, replace: bool = False) -> None:
+            nonlocal record
+            writer.flush()
+            seconds = earlier + time.monotonic() - started
+            record |= {"step": step, "input": inputs.get_state(), "seconds": seconds}
+            measured = evaluation[metric] if evaluation and record["evaluated"] == step else None
+            checkpoints.save(step, state, record, metric=measured, replace=replace)
+            watch.last_good = step
+            show_notes()
+
+        def stop(step: int) -> None:
+            checkpoints.wait()
+            raise Preempted(f"stopped after step {step} of {clock.total_steps}, which is saved")
+
         show_notes()
+        if record["step"] in eval_steps and record["evaluated"] < record["step"]:  # stopped before it was evaluated
+            evaluation = evaluate(record["step"]) or stop(record["step"])
+            save(record["step"], replace=True)
         for step in range(record["step"] + 1, clock.total_steps + 1):
-            batch = sharding.global_batch(next(inputs), built.mesh)
+            batch = sharding.microbatches(inputs, config["accumulation"], built.mesh)
             state, metrics = train_step(state, built.frozen, batch)
             watch.add(step, metrics)
-            evaluate = step in eval_steps
-            save = evaluate or step % config["checkpoint_every"] == 0
-            if save or step % config["log_every"] == 0:
+            told = notice.received()
+            due = step in eval_steps or step % config["checkpoint_every"] == 0
+            if told or due or step % config["log_every"] == 0:
                 watch.check()
-            if evaluate:
-                evaluation = _evaluate(eval_step, state, config, data, built)
-                scalars = _scalars(evaluation)
-                watch.finite(step, {f"evaluation {name}": value for name, value in scalars.items()})
-                writer.write(step, "eval", {"epoch": clock.epochs_done(step), **scalars})
-                progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
-                if not record["best"] or evaluation[metric] > record["best"][metric]:
-                    record["best"] = {metric: evaluation[metric], "step": step}
-            if save:
-                writer.flush()
-                record |= {"step": step, "input": inputs.get_state(), "seconds": earlier + time.monotonic() - started}
-                checkpoints.save(step, state, record, metric=evaluation[metric] if evaluate else None)
-                watch.last_good = step
-                show_notes()
+            if step in eval_steps and not told:
+                evaluation = evaluate(step)
+                told = evaluation is None
+            if told or due:
+                save(step)
+            if told:
+                stop(step)
         checkpoints.wait()  # a last write that failed is an error here, not a traceback on the way out
         if evaluation is None:  # Stopped after the last checkpoint and before the result: only this is left.
-            evaluation = _evaluate(eval_step, state, config, data, built)
+            evaluation = _evaluate(eval_step, state, config, data, built, notice) or stop(record["step"])
     return Outcome(evaluation, record["best"], earlier + time.monotonic() - started)
 
 
@@ -216,16 +279,25 @@ def _same_run(saved: Mapping[str, Any], now: Mapping[str, Any], directory: pathl
 
 
 def _evaluate(
-    eval_step: Callable[..., Any], state: TrainState, config: Mapping[str, Any], data: DataSet, built: build.Run
-) -> dict[str, Any]:
-    """Metrics over the test split, each example once."""
+    eval_step: Callable[..., Any],
+    state: TrainState,
+    config: Mapping[str, Any],
+    data: DataSet,
+    built: build.Run,
+    notice: Notice,
+) -> dict[str, Any] | None:
+    """Metrics over the test split, each example once; None if the run was told to stop meanwhile."""
     batches = data.evaluation(
         "test",
         global_batch_size=config["global_batch_size"],
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    parts = [eval_step(state, built.frozen, sharding.global_batch(batch, built.mesh)) for batch in batches]
+    parts = []
+    for batch in batches:
+        if notice.received():
+            return None
+        parts.append(eval_step(state, built.frozen, sharding.global_batch(batch, built.mesh)))
     return built.program.task.summarise(jax.device_get(parts))
 
 
@@ -240,6 +312,9 @@ def _result(
     teacher: teacher_lib.Teacher | None,
     outcome: Outcome,
 ) -> dict[str, Any]:
+    unreadable = sorted(
+        {name for text in processes.gather("\n".join(data.unreadable)) for name in text.split("\n") if name}
+    )
     return {
         "name": config["name"],
         "methods": list(config["methods"]),
@@ -258,6 +333,8 @@ def _result(
         "method_parameters": built.parameters["methods"],
         "teacher_parameters": built.parameters["teacher"],
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "unreadable_images": unreadable,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "config": config.to_dict(),
     }

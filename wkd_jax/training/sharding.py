@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from wkd_jax.data.base import Input
 from wkd_jax.types import Batch
 
 AXES = ("data", "model")
@@ -36,12 +37,12 @@ def make_mesh(config: Mapping[str, int], devices: Sequence[jax.Device] | None = 
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch(global_batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError if the global batch cannot be cut evenly over the data axis."""
-    if global_batch_size % mesh.shape["data"]:
+def check_batch(global_batch_size: int, accumulation: int, mesh: Mesh) -> None:
+    """Raises ValueError if the microbatches of a step cannot be cut evenly over the data axis."""
+    if global_batch_size % (accumulation * mesh.shape["data"]):
         raise ValueError(
             f"global_batch_size={global_batch_size}: must be a multiple of the {mesh.shape['data']} devices along "
-            "mesh.data"
+            f"mesh.data" + (f" times accumulation={accumulation}" if accumulation > 1 else "")
         )
 
 
@@ -50,7 +51,8 @@ def place(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]] = 
 
     Args:
       tree: Arrays or shape structs, in which named arrays sit in flat dicts ("student/fc/kernel" -> array); an
-        optimizer's moments carry the name of their parameter and are placed alike.
+        optimizer's moments carry the name of their parameter and are placed alike. Names in the attribute `teacher` get
+        "teacher/" in front.
       mesh: The mesh.
       rules: ((regex, partition spec), ...), the first match of a name decides. Scalars are always replicated.
 
@@ -61,9 +63,11 @@ def place(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]] = 
     used: set[str] = set()
 
     def one(path: Any, leaf: Any) -> NamedSharding:
-        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
+        name = next((str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
+        if jax.tree_util.GetAttrKey("teacher") in path:
+            name = f"teacher/{name}"
         for pattern, spec in compiled:
-            if leaf.ndim and pattern.search(str(name)):
+            if leaf.ndim and pattern.search(name):
                 used.add(pattern.pattern)
                 if len(spec) > leaf.ndim:
                     raise ValueError(
@@ -84,5 +88,18 @@ def place(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]] = 
 
 def global_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Makes a global batch, cut over the data axis, from each process's own part (NumPy arrays)."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    return _global(batch, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def microbatches(inputs: Input, accumulation: int, mesh: Mesh) -> Batch:
+    """The next batch of a step: a global batch, or several along a first axis that is not cut."""
+    if accumulation == 1:
+        return global_batch(next(inputs), mesh)
+    parts = [next(inputs) for _ in range(accumulation)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
+    return _global(stacked, NamedSharding(mesh, PartitionSpec(None, "data")))
+
+
+def _global(batch: Batch, sharding: NamedSharding) -> Batch:
+    with jax.transfer_guard_host_to_device("allow"):  # with several processes JAX takes this one for an accident
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

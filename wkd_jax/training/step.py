@@ -58,6 +58,7 @@ class Program:
     clock: Clock
     seed: int
     ema: float
+    accumulation: int
 
     def loss(
         self, params: Params, variables: Params, frozen: Frozen, batch: Batch, progress: Progress, key: Array
@@ -100,22 +101,61 @@ class Program:
         outputs = self.teacher.merge(frozen.teacher)(batch.image, train=False, **inputs)
         return batch, jax.lax.stop_gradient(outputs)
 
-    def train_step(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One update. Randomness is a function of (seed, step), so a resumed run repeats it."""
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+    def gradients(
+        self, state: TrainState, variables: Params, frozen: Frozen, batch: Batch, key: Array, number: Array | int
+    ) -> tuple[Params, Metrics, Params]:
+        """Augments one (micro)batch as loaded, and differentiates its loss.
+
+        Args:
+          state: Its step and parameters.
+          variables: The carried state before this microbatch.
+          frozen: As everywhere.
+          batch: As loaded.
+          key: Of the step. Augmentation takes it as it is, since it depends on the example.
+          number: Of the microbatch in its step; what the networks and methods draw depends on it.
+
+        Returns:
+          (gradients, metrics, the carried state after it).
+        """
         batch = self.task.augment(batch, named_key(key, "augment"))
         progress = self.clock.progress(state.step)
         (total, (metrics, variables)), gradients = jax.value_and_grad(self.loss, has_aux=True)(
-            state.params, state.variables, frozen, batch, progress, key
+            state.params, variables, frozen, batch, progress, jax.random.fold_in(key, number)
         )
+        return gradients, metrics | {"total": total}, variables
+
+    def accumulate(
+        self, state: TrainState, frozen: Frozen, batches: Batch, key: Array
+    ) -> tuple[Params, Metrics, Params]:
+        """`gradients` of microbatches, [accumulation, B / accumulation, ...], one after the other, averaged.
+
+        The carried state passes from one to the next, so BatchNorm's running statistics move once a microbatch.
+        """
+
+        def one(carried: tuple[Params, Params], numbered: tuple[Array, Batch]) -> tuple[tuple[Params, Params], Metrics]:
+            variables, total = carried
+            gradients, metrics, variables = self.gradients(state, variables, frozen, numbered[1], key, numbered[0])
+            return (variables, jax.tree.map(jnp.add, total, gradients)), metrics
+
+        start = state.variables, jax.tree.map(jnp.zeros_like, state.params)
+        (variables, total), metrics = jax.lax.scan(one, start, (jnp.arange(self.accumulation), batches))
+        mean = jax.tree.map(lambda x: x / self.accumulation, total)
+        return mean, jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics), variables
+
+    def train_step(self, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update. Randomness is a function of (seed, step), so a resumed run repeats it.
+
+        `batch` is a global batch, or where `accumulation` is above 1 its microbatches along a first axis.
+        """
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        if self.accumulation == 1:
+            gradients, metrics, variables = self.gradients(state, state.variables, frozen, batch, key, 0)
+        else:
+            gradients, metrics, variables = self.accumulate(state, frozen, batch, key)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = {name: self.ema * old + (1 - self.ema) * {**params, **variables}[name] for name, old in state.ema.items()}
-        metrics |= {
-            "total": total,
-            "learning_rate": self.learning_rate(state.step),
-            "grad_norm": optax.tree.norm(gradients),
-        }
+        metrics |= {"learning_rate": self.learning_rate(state.step), "grad_norm": optax.tree.norm(gradients)}
         return TrainState(state.step + 1, params, variables, opt_state, ema), metrics
 
     def eval_step(self, state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:

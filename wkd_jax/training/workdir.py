@@ -10,9 +10,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
 from wkd_jax import config as config_lib
+from wkd_jax.training import processes
 
 CONFIG, RESULT, EVALUATION, INTERRELATION = "config.json", "result.json", "evaluation.json", "interrelation.npz"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
@@ -22,38 +21,43 @@ CHECKPOINTS, LOCK = "checkpoints", ".lock"
 def claim(workdir: pathlib.Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Makes the directory this run's own, for as long as the context lasts.
 
-    A directory without a checkpoint holds nothing that another config could spoil, and is taken over.
+    A directory without a checkpoint holds nothing that another config could spoil, and is taken over. What
+    `config.OPERATIONAL` lists may differ from when the run began.
 
     Raises:
       ValueError: If it holds the run of another config, or another process is at work in it.
       OSError: If it cannot be written.
     """
+    with contextlib.ExitStack() as stack:
+        processes.first(lambda: _take(workdir, config, stack))
+        yield
+
+
+def _take(workdir: pathlib.Path, config: Mapping[str, Any], stack: contextlib.ExitStack) -> None:
+    """Locks the directory, compares it with the config, and writes the config down. For one process of the run."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / LOCK).open("a")
+        lock = stack.enter_context((workdir / LOCK).open("a"))
     except OSError as error:
         raise OSError(
             f"the work directory {workdir} cannot be written: {error.strerror}. Choose another with --workdir"
         ) from error
-    with lock:
-        try:
-            if jax.process_index() == 0:  # freed by the system however the process ends
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system however the process ends
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another process is at work in {workdir}: wait for it, or choose another --workdir. Several processes of "
+            "one run need --distributed"
+        ) from error
+    if (workdir / CONFIG).exists() and any((workdir / CHECKPOINTS).glob("[0-9]*")):
+        saved, now = (config_lib.identity(c) for c in (read_json(workdir / CONFIG), config))
+        if changed := config_lib.differences(saved, now):
+            lines = [line if len(line) < 200 else line[:200] + "..." for line in changed[:5]]
             raise ValueError(
-                f"another process is at work in {workdir}: wait for it, or choose another --workdir"
-            ) from error
-        if (workdir / CONFIG).exists() and any((workdir / CHECKPOINTS).glob("[0-9]*")):
-            changed = config_lib.differences(read_json(workdir / CONFIG), config)
-            if changed:
-                lines = [line if len(line) < 200 else line[:200] + "..." for line in changed[:5]]
-                raise ValueError(
-                    f"{workdir} holds a run of another config ({'; '.join(lines)}): choose another --workdir, or "
-                    "leave it out and one is derived from the config"
-                )
-        else:
-            write_atomically(workdir / CONFIG, config_lib.to_json(config))
-        yield
+                f"{workdir} holds a run of another config ({'; '.join(lines)}): choose another --workdir, or leave it "
+                "out and one is derived from the config"
+            )
+    write_atomically(workdir / CONFIG, config_lib.to_json(config))
 
 
 def finished(workdir: pathlib.Path) -> bool:
