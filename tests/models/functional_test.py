@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from wkd_jax import registry
 from wkd_jax.models import functional
 from wkd_jax.models.functional import Constant, Memory
 
@@ -145,3 +146,23 @@ def test_under():
     assert functional.under(tree, "student") == functional.under(tree, "student/") == {"fc/kernel": 1}
     assert functional.under(tree, "methods/kd") == {"t": 3}
     assert functional.under(tree, "none") == {}
+
+
+def test_remat_keeps_less_and_changes_nothing():
+    """What the backward pass is given: the parts' results alone, instead of everything inside them."""
+    image = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    kept, results = [], []
+    for remat in (False, True):
+        model = registry.get("models", "resnet32x4")(10, rngs=nnx.Rngs(0))
+        model.remat = remat
+        structure, params, variables, _ = functional.split(model)
+
+        def loss(params, structure=structure, variables=variables):
+            module = structure.merge(params, variables)
+            return jnp.sum(jnp.square(module(image, train=True).logits)), functional.variables(module)
+
+        value, backward, after = jax.vjp(loss, params, has_aux=True)
+        kept.append(sum(leaf.nbytes for leaf in jax.tree.leaves(backward)))
+        results.append((value, backward(jnp.ones(()))[0], after))
+    assert kept[1] < 0.5 * kept[0]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *results)

@@ -57,6 +57,10 @@ def assert_same_bits(left, right):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def fail_with(error):
+    raise error
+
+
 def fail(message):
     raise AssertionError(f"unexpected report: {message}")
 
@@ -207,6 +211,26 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(tmp_path, mon
     with Checkpoints(tmp_path, keep=1, report=fail) as checkpoints:
         assert checkpoints.steps() == [2]
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_checkpoint_takes_the_place_of_one_saved_in_haste(tmp_path, killed, monkeypatch):
+    """The new one has the metric; killed before it is whole, the old one is there again."""
+    save_steps(tmp_path, [1, 2], metrics={1: 0.5})
+    with Checkpoints(tmp_path, report=fail) as checkpoints:
+        if killed:
+            monkeypatch.setattr(
+                checkpoint.snapshot, "start_saving", lambda *inputs: (_ for _ in ()).throw(OSError("x"))
+            )
+            with pytest.raises(checkpoint.CheckpointError):
+                checkpoints.save(2, train_state(7), {"position": "new"}, metric=0.9, replace=True)
+        else:
+            checkpoints.save(2, train_state(7), {"position": "new"}, metric=0.9, replace=True)
+    with Checkpoints(tmp_path, report=fail) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.restore_latest(abstract(train_state()))[1] == {"position": 2 if killed else "new"}
+    assert checkpoint.read(tmp_path, which="best")[1]["position"] == (1 if killed else "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
 # --- wrong use ---

@@ -1,9 +1,10 @@
 """What the loop does with metrics: the first step that is not finite is named, with its terms."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from wkd_jax.training import metrics
+from wkd_jax.training import loop, metrics
 from wkd_jax.training.clock import Clock
 from wkd_jax.training.loop import TrainingError, Watch
 from wkd_jax.training.metrics import MetricWriter
@@ -40,3 +41,21 @@ def test_the_step_and_the_term_are_named(watch, tmp_path, bad, last_good):
         watch.check()
     assert ("checkpoint of step 2 is kept" if last_good else "no checkpoint was saved") in str(error.value)
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [2]
+
+
+def test_a_device_without_memory_is_explained_with_what_can_be_done():
+    config = {"remat": False, "dtype": "float32", "accumulation": 1, "global_batch_size": 256}
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9000000000 bytes.\nmore lines")
+    text = str(loop._explained(error, config))
+    for words in (
+        "9000000000 bytes",
+        "remat=True",
+        "mesh.data",
+        "bfloat16",
+        "accumulation",
+        "global_batch_size (now 256)",
+    ):
+        assert words in text, words
+    assert "more lines" not in text
+    other = loop._explained(jax.errors.JaxRuntimeError("INTERNAL: fire"), config)
+    assert str(other) == "the devices failed: INTERNAL: fire"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import contract_test as contract
 from wkd_jax import losses, registry
@@ -143,3 +144,27 @@ def test_randomness_is_a_function_of_seed_and_step(everything):
         contract.steps(contract.make("everything", 1, seed=seed), 1)[1][0]["everything/noise"] for seed in (0, 0, 1)
     ]
     assert noise[0] == noise[1] != noise[2]
+
+
+def test_microbatches_add_up_to_their_step():
+    """BatchNorm sees groups of 4 either way, and augmentation depends on the example: the same gradient."""
+    changes = {"student": {"name": "resnet8", "norm_group_size": 4}, "task": {"pad": 2, "flip": True}}
+    runs = [contract.make("kd", 2, accumulation=parts, **changes) for parts in (1, 4)]
+    whole = contract.batch(runs[0])
+    cut = jax.tree.map(lambda x: np.asarray(x).reshape(4, 4, *x.shape[1:]), whole)
+    place = NamedSharding(runs[1].mesh, PartitionSpec(None, "data"))
+    outcomes = []
+    for built, batch in zip(runs, (whole, jax.device_put(cut, place)), strict=True):
+        inputs = built.state, built.frozen, batch
+        step = jax.jit(built.program.train_step).lower(*inputs).compile(compiler_options=contract.CHEAP)
+        outcomes.append(step(*inputs))
+    (one, one_metrics), (parts, parts_metrics) = outcomes
+    assert one_metrics.keys() == parts_metrics.keys()
+    for name, value in one_metrics.items():
+        np.testing.assert_allclose(value, parts_metrics[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    for name in one.params:
+        moved = [np.asarray(state.params[name]) - np.asarray(runs[0].state.params[name]) for state in (one, parts)]
+        np.testing.assert_allclose(*moved, atol=1e-4 * np.abs(moved[0]).max() + 1e-9, err_msg=name)
+    # Running statistics move once a microbatch: 1 - 0.9^4 of the way instead of 0.1.
+    name = "student/bn1/mean"
+    assert np.abs(parts.variables[name]).max() > 3 * np.abs(one.variables[name]).max()

@@ -22,7 +22,7 @@ from wkd_jax.models.functional import Structure
 from wkd_jax.training import optimizer, sharding
 from wkd_jax.training.clock import Clock
 from wkd_jax.training.step import Frozen, Learner, Program, named_key
-from wkd_jax.types import ModelInfo, Normalisation, Params, Setup, Task, TrainState
+from wkd_jax.types import Batch, ModelInfo, Normalisation, Params, Setup, Task, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +182,8 @@ def plan(
     notes += _initial(config, data, learner.student)[1]
     program, *arrays = _assemble(config, data, teacher, learner)
     arrays = tuple(arrays)
+    loaded = abstract_batch(config["global_batch_size"] // config["accumulation"], data)
+    jax.eval_shape(program.task.augment, loaded, jax.random.key(0))  # refuses groups that do not divide the batch
     shardings = sharding.place(arrays, mesh, config["sharding"])
     state, frozen = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arrays, shardings
@@ -189,6 +191,16 @@ def plan(
     info = teacher.info if teacher else None
     counted = _count(state.params, teacher)
     return Plan(program, state, frozen, mesh, data, info, counted, tuple(notes), bool(asked))
+
+
+def abstract_batch(size: int | tuple[int, ...], data: DataSet, sharding: Any = None) -> Batch:
+    """The shape of a batch as loaded: `size` examples, or several such along leading axes."""
+    lead = (size,) if isinstance(size, int) else size
+
+    def rows(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, *rest), dtype, sharding=sharding)
+
+    return Batch(rows(jnp.uint8, *data.image_size, 3), rows(jnp.int32), rows(jnp.int32), rows(jnp.bool_))
 
 
 def check(config: Mapping[str, Any]) -> None:

@@ -16,7 +16,6 @@ from wkd_jax.training import build, processes, workdir
 from wkd_jax.training import teacher as teacher_lib
 from wkd_jax.training.build import Plan
 from wkd_jax.training.progress import duration, number
-from wkd_jax.types import Batch
 
 UTILISATION = 0.4  # assumed share of the speed of a large matrix product that a step reaches
 _BATCHES = 3  # read to measure the input, after one that starts the workers
@@ -97,15 +96,8 @@ def _plan(config: Mapping[str, Any]) -> Plan:
 def _compile(config: Mapping[str, Any], plan: Plan) -> tuple[float, Any]:
     """(seconds, the compiled train step)."""
     size, parts = config["global_batch_size"], config["accumulation"]
-    shape, spec = ((size,), ("data",)) if parts == 1 else ((parts, size // parts), (None, "data"))
-    place = NamedSharding(plan.mesh, PartitionSpec(*spec))
-
-    def rows(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*shape, *rest), dtype, sharding=place)
-
-    batch = Batch(
-        image=rows(jnp.uint8, *plan.data.image_size, 3), label=rows(jnp.int32), index=rows(jnp.int32), valid=rows(bool)
-    )
+    lead, spec = ((size,), ("data",)) if parts == 1 else ((parts, size // parts), (None, "data"))
+    batch = build.abstract_batch(lead, plan.data, NamedSharding(plan.mesh, PartitionSpec(*spec)))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
     replicated = NamedSharding(plan.mesh, PartitionSpec())
     step = jax.jit(plan.program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
