@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+from collections.abc import Callable
 from typing import Any, Literal
 
 import cv2
@@ -94,8 +95,8 @@ def resize(image: np.ndarray, size: tuple[int, int], interpolation: Interpolatio
 
     Horizontally, rounding to 8 bits, then vertically, as Pillow before version 13 did at all sizes (13 turns the order
     round where the height shrinks much more than the width). Coefficients have 16 bits where Pillow's have 32, so of a
-    photograph's values two (bilinear) or three (bicubic) in a thousand differ by one grey level; at worst it is two.
-    All instruction sets give the same.
+    photograph's values two (bilinear) or three (bicubic) in a thousand differ by one grey level; two, of noise, was
+    the worst seen. The resizer's scalar, SSE4.1 and AVX2 code give the same pixels.
 
     Args:
       image: [H, W, 3] uint8.
@@ -103,7 +104,7 @@ def resize(image: np.ndarray, size: tuple[int, int], interpolation: Interpolatio
       interpolation: "bilinear" or "bicubic" (Catmull-Rom's, a = -1/2).
 
     Returns:
-      [*size, 3] uint8.
+      [*size, 3] uint8, read-only.
 
     Raises:
       ValueError: If the image has no pixels or is not uint8 RGB, or an argument is out of range.
@@ -117,27 +118,28 @@ def resize(image: np.ndarray, size: tuple[int, int], interpolation: Interpolatio
     height, width = size
     if height < 1 or width < 1:
         raise ValueError(f"size={size}: must be positive numbers of pixels")
-    from cykooz_resizer import ImageData, PixelType
-
-    resizer, options = _resizer()
-    # A fourth channel makes the horizontal pass a third faster, more than it costs to add and to drop.
-    four = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
-    pixels = ImageData(image.shape[1], image.shape[0], PixelType.U8x4, four.tobytes())
+    resizer, new, options = _resizer()
+    pixels = new(image.shape[1], image.shape[0], image.tobytes())
     # Left to itself it goes vertically first: no faster, and with bicubic overshoots up to ten levels from Pillow.
     for next_size in ((width, image.shape[0]), (width, height)):
-        source, pixels = pixels, ImageData(*next_size, PixelType.U8x4)
+        source, pixels = pixels, new(*next_size)
         resizer.resize(source, pixels, options[interpolation])
-    return cv2.cvtColor(np.frombuffer(pixels.get_buffer(), np.uint8).reshape(height, width, 4), cv2.COLOR_RGBA2RGB)
+    return np.frombuffer(pixels.get_buffer(), np.uint8).reshape(height, width, 3)
 
 
-def _resizer() -> tuple[Any, dict[str, Any]]:
-    """This thread's own (it works without the interpreter's lock, but behind one of its own), and its options."""
-    if not hasattr(_local, "resizer"):
-        from cykooz_resizer import FilterType, ResizeAlg, ResizeOptions, Resizer
+def _resizer() -> tuple[Any, Callable[..., Any], dict[str, Any]]:
+    """This thread's own (it works without the interpreter's lock, but behind one of its own), new images, options."""
+    try:
+        return _local.resizer
+    except AttributeError:
+        from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 
-        filters = {"bilinear": FilterType.bilinear, "bicubic": FilterType.catmull_rom}
-        options = {name: ResizeOptions(ResizeAlg.convolution(each), use_alpha=False) for name, each in filters.items()}
-        _local.resizer = Resizer(), options
+    def new(width: int, height: int, pixels: bytes | None = None) -> ImageData:
+        return ImageData(width, height, PixelType.U8x3, pixels)
+
+    filters = {"bilinear": FilterType.bilinear, "bicubic": FilterType.catmull_rom}
+    options = {name: ResizeOptions(ResizeAlg.convolution(each)) for name, each in filters.items()}
+    _local.resizer = Resizer(), new, options
     return _local.resizer
 
 
@@ -163,7 +165,7 @@ def random_box(
 
     Example:
       >>> random_box(375, 500, Random(seed=0, epoch=0, index=0))
-      (26, 214, 140, 121)
+      (138, 341, 143, 154)
     """
     if not 0.0 < scale[0] <= scale[1] <= 1.0:
         raise ValueError(f"scale={scale}: must be (least, largest) share of the area, 0 < least <= largest <= 1")
@@ -206,7 +208,7 @@ def random_resized_crop(
       interpolation: "random" takes one of the two for each image.
 
     Returns:
-      [size, size, 3] uint8.
+      [size, size, 3] uint8, read-only.
 
     Raises:
       ValueError: As `resize` and `random_box`.

@@ -61,8 +61,8 @@ def rand_augment(
 
     Example:
       >>> image = np.arange(2 * 4 * 3, dtype=np.uint8).reshape(2, 4, 3)
-      >>> rand_augment(image, Random(seed=0, epoch=0, index=4))[0, :, 0]  # moved up by 0.41 of two rows
-      array([ 9, 12, 15, 18], dtype=uint8)
+      >>> rand_augment(image, Random(seed=0, epoch=0, index=22))[0, :, 0]  # drawn: 95 is added to dark pixels
+      array([ 95,  98, 101, 104], dtype=uint8)
 
     References:
       Cubuk et al., RandAugment: Practical automated data augmentation with a reduced search space, arXiv 1909.13719;

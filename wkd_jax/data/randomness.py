@@ -1,29 +1,25 @@
 """The random numbers of one example, on the host: a pure function of seed, epoch and the example's position.
 
-So an example looks the same whatever process or worker reads it, in whatever order, before and after a restart. Only
-raw bits are taken from NumPy, whose `Philox` it guarantees from version to version (the methods of `Generator` not).
+So an example looks the same whatever process or worker reads it, in whatever order, before and after a restart. The
+bits are hashes, which no library will ever change, and which cost a tenth of seeding a generator of NumPy's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-import threading
+import struct
 
-import numpy as np
-
-_WORDS = 16  # drawn at a time: four blocks of Philox
+_PLACE = struct.Struct("<4Q")
+_WORDS = struct.Struct("<8Q")
 _LIMIT = 2**64
-
-_local = threading.local()
 
 
 class Random:
     """An endless stream of random numbers, uniform and independent, of its own for every (seed, epoch, index).
 
-    Philox is a bijection of its counter: seed and epoch are its key, index is the third word of the counter and the
-    lower two count the blocks. So no block of one stream is in another of the same seed and epoch. Making one and
-    drawing the first 16 numbers takes less than 10 microseconds, where `np.random.Philox(...)` alone takes longer:
-    one generator a thread is moved from place to place.
+    The bits are the BLAKE2b (RFC 7693) hashes of seed, epoch, index and a counter, 64-bit words in little-endian order;
+    each gives eight words, taken from the last to the first.
 
     Args:
       seed: Of the run.
@@ -36,15 +32,16 @@ class Random:
     Example:
       >>> random = Random(seed=0, epoch=3, index=1500)
       >>> random.uniform(), random.uniform(1.0, 2.0), random.integer(10), random.coin()
-      (0.4698259708746907, 1.834384125687029, 4, False)
+      (0.3417608198977026, 1.4290080279054798, 6, True)
     """
 
+    __slots__ = ("_hashes", "_place", "_words")
+
     def __init__(self, seed: int, epoch: int, index: int) -> None:
-        for name, value in (("seed", seed), ("epoch", epoch), ("index", index)):
-            if not 0 <= value < _LIMIT:
-                raise ValueError(f"{name}={value}: must be in 0..2^64 - 1")
-        self._place = int(seed), int(epoch), int(index)
-        self._blocks = 0
+        if not (0 <= seed < _LIMIT and 0 <= epoch < _LIMIT and 0 <= index < _LIMIT):
+            raise ValueError(f"seed={seed}, epoch={epoch}, index={index}: each must be in 0..2^64 - 1")
+        self._place = seed, epoch, index
+        self._hashes = 0
         self._words: list[int] = []
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
@@ -69,20 +66,6 @@ class Random:
     def _word(self) -> int:
         """The next 64 bits."""
         if not self._words:
-            self._words = _draw(*self._place, self._blocks)
-            self._blocks += _WORDS // 4
+            self._words.extend(_WORDS.unpack(hashlib.blake2b(_PLACE.pack(*self._place, self._hashes)).digest()))
+            self._hashes += 1
         return self._words.pop()
-
-
-def _draw(seed: int, epoch: int, index: int, block: int) -> list[int]:
-    """`_WORDS` words of the stream from a block on, the last first."""
-    try:
-        philox, state = _local.generator
-    except AttributeError:
-        philox = np.random.Philox(key=0)
-        _local.generator = philox, (state := philox.state)
-    state["state"]["key"][:] = seed, epoch
-    state["state"]["counter"][:] = block, 0, index, 0
-    state["buffer_pos"] = 4  # nothing left of the last block
-    philox.state = state
-    return philox.random_raw(_WORDS).tolist()[::-1]
