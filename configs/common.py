@@ -1,4 +1,4 @@
-"""What the config files share: their arguments."""
+"""What the config files share: their arguments, ImageNet, and the two forms of WKD."""
 
 import difflib
 from types import SimpleNamespace
@@ -38,6 +38,103 @@ def choose(key: str, name: str, table: dict[str, Any]) -> Any:
     if name not in table:
         raise ValueError(f"config argument {key}={name}: {_hint(name, table)}")
     return table[name]
+
+
+def imagenet(source: str, data_dir: str) -> dict[str, Any]:
+    """The `data` section of ImageNet-1k at 224 pixels: the crops, flips and evaluation of torchvision's ResNets.
+
+    Args:
+      source: "tfds" (prepared by TensorFlow Datasets) or "folder" (train/<class>/*.JPEG, val/<class>/*.JPEG).
+      data_dir: Where it is; "" for the default directory of TensorFlow Datasets.
+
+    Raises:
+      ValueError: If there is no such source, or a folder is wanted and not given.
+    """
+    sources = {"tfds": dict(name="tfds_stream", dataset="imagenet2012"), "folder": dict(name="image_folder")}
+    chosen = choose("source", source, sources)
+    if source == "folder" and not data_dir:
+        raise ValueError("config argument source=folder: needs data_dir=DIRECTORY, the one that holds train and val")
+    return dict(
+        chosen,
+        num_classes=1000,
+        image_size=224,
+        crop_scale=(0.08, 1.0),
+        train_interpolation="bilinear",
+        flip=True,
+        resize=256,
+        interpolation="bilinear",
+        **directory(data_dir),
+    )
+
+
+def directory(data_dir: str) -> dict[str, str]:
+    """The key `data_dir` where the argument is given; else the data set has its own default."""
+    return dict(data_dir=data_dir) if data_dir else {}
+
+
+def imagenet_schedule(*, global_batch_size: int = 256, learning_rate: float = 0.1, nesterov: bool) -> dict[str, Any]:
+    """100 epochs of SGD, the rate a tenth after 30, 60 and 90 of them; everything decays, no warm-up."""
+    return dict(
+        epochs=100,
+        global_batch_size=global_batch_size,
+        optimizer=dict(
+            name="sgd",
+            learning_rate=learning_rate,
+            momentum=0.9,
+            nesterov=nesterov,
+            weight_decay=1e-4,
+            schedule="step",
+            milestones=(30, 60, 90),
+            factor=0.1,
+        ),
+        log_every=50,
+        checkpoint_every=1000,
+    )
+
+
+# What the released code and the paper's text do differently in the losses, whatever the setting. See imagenet_wkd.py.
+_FORMS = {
+    "wkd_l": {
+        "code": dict(num_iters=10, stabilizer=1e-8, exact_marginal="student"),
+        "paper": dict(num_iters=9, stabilizer=0.0, exact_marginal="teacher"),
+    },
+    "wkd_f": {"code": dict(ddof=1), "paper": dict(ddof=0)},
+}
+_SHARED = {
+    "wkd_l": dict(target_weight=1.0, epsilon=0.05, gradient="unrolled"),
+    "wkd_f": dict(student_tap="last", teacher_tap="last", eps=1e-5),
+}
+
+
+def wkd(recipe: str, methods: dict[str, dict[str, Any]], *, start: int = 0) -> dict[str, Any]:
+    """The `methods` section for WKD-L, WKD-F or both, in the form of the released code or of the paper.
+
+    Args:
+      recipe: "code" or "paper".
+      methods: Method -> the settings that are the row's own.
+      start: code: the last epoch with the full weight, before it falls along a cosine to 0. The paper has no decay.
+    """
+    schedules = {"code": dict(name="cosine", start=start), "paper": dict(name="constant")}
+    schedule = choose("recipe", recipe, schedules)
+    return {
+        name: dict(_SHARED[name], **_FORMS[name][recipe], schedule=schedule, **settings)
+        for name, settings in methods.items()
+    }
+
+
+def interrelation(features: str) -> dict[str, Any]:
+    """The `interrelation` section: linear CKA, as many images of each class as the smallest has."""
+    return dict(kind="cka", kernel="linear", features=features, samples_per_class=0)
+
+
+def file_name(*parts: str) -> str:
+    """A run's name: what is not empty, joined by underscores.
+
+    Example:
+      >>> file_name("imagenet", "wkd_l+wkd_f", "")
+      'imagenet_wkd_l_wkd_f'
+    """
+    return "_".join(filter(None, parts)).replace("+", "_")
 
 
 def _hint(name: str, valid: dict[str, Any]) -> str:

@@ -62,6 +62,7 @@ DEFAULTS: dict[str, Any] = {
         "end_learning_rate": 0.0,  # cosine: the rate it ends with
         "warmup_epochs": 0.0,  # linear warm-up, in place of the schedule's first epochs
         "warmup_learning_rate": 0.0,  # the rate it starts from
+        "per_epoch": False,  # cosine and warm-up: the rate changes from epoch to epoch, not from step to step
     },
     "ema": 0.0,  # decay of the student's moving average; 0: off. Evaluation then uses the average.
     "mesh": {"data": -1, "model": 1},  # devices along each axis; -1: all that are left

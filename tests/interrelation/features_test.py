@@ -1,5 +1,7 @@
 """Collecting features by class from a stream of batches."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,28 +11,39 @@ from wkd_jax.interrelation import check_name, collect, count_samples, select
 from wkd_jax.types import Batch, ModelInfo, Outputs, Tap
 
 C, D = 3, 4
+NAMES = ["ant", "bee", "cat"]
 INFO = ModelInfo(
     "net", C, {"stage3": Tap(2, 8), "block2": Tap(2, 16, layout="tokens", prefix_tokens=1)}, 5, "fc/kernel"
 )
 
 
-def stream(labels, size=4, pad=True):
-    """Batches of images that hold their own index; the last one is padded with images that would be noticed."""
-    for start in range(0, len(labels), size):
-        index = np.arange(start, start + size)
-        valid = index < len(labels)
-        image = np.broadcast_to(np.where(valid, index, 999).astype(np.float32)[:, None, None, None], (size, 2, 2, 3))
-        label = np.where(valid, np.take(labels, index, mode="clip"), 0).astype(np.int32)
-        yield Batch(image, label, np.where(valid, index, 0).astype(np.int32), valid)
+class Source:
+    """Images that hold their own index, some of which cannot be read; batches are padded with what would be noticed."""
+
+    def __init__(self, labels, size=4, bad=()):
+        self.labels, self.size, self.bad = np.asarray(labels), size, bad
+        self.passes = []
+
+    def __call__(self, rows):
+        self.passes.append(rows.tolist())
+        for start in range(0, len(rows), self.size):
+            index = np.full(self.size, 0)
+            part = rows[start : start + self.size]
+            index[: len(part)] = part
+            valid = (np.arange(self.size) < len(part)) & ~np.isin(index, self.bad)
+            pixels = np.where(valid, index, 999).astype(np.float32)
+            image = np.broadcast_to(pixels[:, None, None, None], (self.size, 2, 2, 3))
+            yield Batch(image, np.where(valid, self.labels[index], 0), index.astype(np.int32), valid)
 
 
-def vectors(image):
+def vectors(batch):
     """[B, D]: image number + 0, 10, 20, 30."""
-    return image[:, 0, 0, :1] + 10.0 * jnp.arange(D)
+    return batch.image[:, 0, 0, :1] + 10.0 * jnp.arange(D), batch.index, batch.valid
 
 
-def expected(labels, count):
-    chosen = np.stack([np.flatnonzero(np.asarray(labels) == c)[:count] for c in range(C)])
+def expected(labels, count, bad=()):
+    good = [np.flatnonzero((np.asarray(labels) == c) & ~np.isin(np.arange(len(labels)), bad)) for c in range(C)]
+    chosen = np.stack([own[:count] for own in good])
     return (chosen[:, :, None] + 10.0 * np.arange(D)).astype(np.float32)
 
 
@@ -38,78 +51,100 @@ def expected(labels, count):
 def test_first_examples_of_each_class_in_data_order(size):
     labels = np.random.default_rng(0).integers(0, C, 50)
     count = int(np.bincount(labels).min())
-    for wanted in (1, count):
-        result = collect(jax.jit(vectors), stream(labels, size), num_classes=C, samples_per_class=wanted)
+    for asked, wanted in ((2, 2), (count, count), (0, count)):
+        source = Source(labels, size)
+        result, _ = collect(jax.jit(vectors), source, labels, NAMES, asked)
         assert result.dtype == np.float32 and result.flags.c_contiguous
         np.testing.assert_array_equal(result, expected(labels, wanted))
+        (rows,) = source.passes  # one pass, over what is wanted alone, in data order
+        assert len(rows) == C * wanted and rows == sorted(rows)
+
+
+def test_jax_computes_with_the_result_where_it_lies():
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    result, _ = collect(vectors, Source(labels), labels, NAMES, 2)
+    assert jax.device_put(result).unsafe_buffer_pointer() == result.ctypes.data
+
+
+def test_what_cannot_be_read_is_replaced_by_the_next_of_its_class():
+    labels = np.tile([0, 1, 2], 6)
+    source = Source(labels, bad=[3, 4, 7, 10])  # of class 0 the second, of class 1 the second to fourth
+    result, unreadable = collect(vectors, source, labels, NAMES, 2)
+    assert source.passes == [[0, 1, 2, 3, 4, 5], [6, 7], [10], [13]]
+    np.testing.assert_array_equal(result, expected(labels, 2, bad=source.bad))
+    assert unreadable == [3, 4, 7, 10]
+
+
+def test_the_place_of_the_first_is_taken_by_the_next_unused():
+    labels = np.tile([0, 1, 2], 4)
+    result, _ = collect(vectors, Source(labels, bad=[0]), labels, NAMES, 2)
+    np.testing.assert_array_equal(result[0, :, 0], [6, 3])
+    np.testing.assert_array_equal(result[1:], expected(labels, 2)[1:])
+
+
+def test_too_few_that_can_be_read():
+    labels = np.tile([0, 1, 2], 3)
+    with pytest.raises(ValueError, match=r"'bee' \(label 1\) has 3 training images, and fewer than 2 .*example 7"):
+        collect(vectors, Source(labels, bad=[1, 7]), labels, NAMES, 2)
+
+
+def test_only_who_keeps_holds_the_result():
+    labels, progress = np.array([0, 1, 2, 2, 1, 0]), []
+    report = lambda done, total: progress.append((done, total))  # noqa: E731
+    assert collect(vectors, Source(labels), labels, NAMES, 2, keep=False, progress=report) == (None, [])
+    assert progress == [(4, 6), (6, 6)]
 
 
 def test_positions_are_samples_paired_by_position():
-    labels = [0, 1, 2, 2, 1, 0]
-    apply = lambda image: vectors(image)[:, None] + 100.0 * jnp.arange(2)[:, None]  # noqa: E731  [B, 2, D]
-    result = collect(apply, stream(labels), num_classes=C, samples_per_class=2)
+    labels = np.array([0, 1, 2, 2, 1, 0])
+    apply = lambda batch: (vectors(batch)[0][:, None] + 100.0 * jnp.arange(2)[:, None], *vectors(batch)[1:])  # noqa: E731
+    result, _ = collect(apply, Source(labels), labels, NAMES, 2)
     np.testing.assert_array_equal(result[1], np.array([1, 101, 4, 104])[:, None] + 10.0 * np.arange(D))
 
 
-def test_bfloat16_and_jax_batches():
-    labels = [0, 1, 2, 0, 1]
-    batches = [jax.tree.map(jnp.asarray, batch) for batch in stream(labels)]
-    apply = lambda image: vectors(image).astype(jnp.bfloat16)  # noqa: E731
-    result = collect(apply, batches, num_classes=C, samples_per_class=1)
+def test_bfloat16():
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    apply = lambda batch: (vectors(batch)[0].astype(jnp.bfloat16), *vectors(batch)[1:])  # noqa: E731
+    result, _ = collect(apply, Source(labels), labels, NAMES, 2)
     assert result.dtype == np.float32
-    np.testing.assert_array_equal(result, expected(labels, 1))
+    np.testing.assert_array_equal(result, expected(labels, 2))
 
 
-def test_runs_no_more_than_needed_and_reports_progress():
-    labels = [0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 1, 2, 0, 1, 2, 0]
-    ran, read, progress = [], [], []
+def test_no_more_than_two_batches_are_alive():
+    labels = np.tile([0, 1, 2], 10)
+    alive, most = set(), []
 
-    def batches():
-        for batch in stream(labels):
-            read.append(batch.index[0])
-            yield batch
+    def apply(batch):
+        features, *rest = vectors(batch)
+        alive.add(id(features))
+        weakref.finalize(features, alive.discard, id(features))
+        most.append(len(alive))
+        return features, *rest
 
-    def apply(image):
-        ran.append(int(image[0, 0, 0, 0]))
-        return vectors(image)
-
-    report = lambda done, total: progress.append((done, total))  # noqa: E731
-    collect(apply, batches(), num_classes=C, samples_per_class=2, progress=report)
-    assert ran == [0, 8]  # the second batch has nothing new
-    assert read == [0, 4, 8]  # the fourth is not needed
-    assert progress == [(2, 6), (2, 6), (6, 6)]
+    collect(apply, Source(labels), labels, NAMES, 10)
+    assert max(most) == 2
 
 
-def test_too_few_of_a_class():
-    with pytest.raises(ValueError, match=r"class 1 has 1 of the 2 examples .*1 of 3 classes .*set it to 0"):
-        collect(vectors, stream([0, 1, 2, 2, 0]), num_classes=C, samples_per_class=2)
-
-
-def test_padding_is_no_example():
-    with pytest.raises(ValueError, match="class 0 has 1 of the 2"):  # the padding is labelled 0
-        collect(vectors, stream([1, 1, 2, 2, 0]), num_classes=C, samples_per_class=2)
-
-
-def test_labels_that_cannot_be_used():
-    with pytest.raises(ValueError, match="example 1 has label 7, outside 0..2"):
-        collect(vectors, stream([0, 7, 2]), num_classes=C, samples_per_class=1)
-    mixed = Batch(np.zeros((2, 2, 2, 3)), np.ones((2, C), np.float32) / C, np.arange(2), np.ones(2, bool))
-    with pytest.raises(ValueError, match="without mixup"):
-        collect(vectors, [mixed], num_classes=C, samples_per_class=1)
+def test_other_examples_than_were_asked_for():
+    labels = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2])
+    source = Source(labels)
+    with pytest.raises(ValueError, match="other examples than"):
+        collect(vectors, lambda rows: source(rows + 1), labels, NAMES, 2)
 
 
 def test_features_that_cannot_be_used():
-    labels = [0, 1, 2, 0]
+    labels = np.array([0, 1, 2, 0, 1, 2])
     with pytest.raises(ValueError, match=r"\[B, D\] or \[B, P, D\]"):
-        collect(lambda image: image, stream(labels), num_classes=C, samples_per_class=1)
-    with pytest.raises(ValueError, match=r"features \(2, 4\) for a batch of 4 labels"):
-        collect(lambda image: vectors(image)[:2], stream(labels), num_classes=C, samples_per_class=1)
-    broken = lambda image: jnp.where(vectors(image) == 12, jnp.nan, vectors(image))  # noqa: E731
-    with pytest.raises(ValueError, match=r"class 2 \(its sample number 0\) is not finite"):
-        collect(broken, stream(labels), num_classes=C, samples_per_class=1)
-    widths = iter([3, 4])
-    with pytest.raises(ValueError, match=r"changed from \(1, 3\) to \(1, 4\)"):
-        collect(lambda image: vectors(image)[:, : next(widths)], stream(labels, 2), num_classes=C, samples_per_class=1)
+        collect(lambda batch: (batch.image, *vectors(batch)[1:]), Source(labels), labels, NAMES, 2)
+
+    def broken(batch):
+        features, *rest = vectors(batch)
+        return jnp.where(features == 14, jnp.nan, features), *rest
+
+    with pytest.raises(ValueError, match=r"training example 4 \(class 1\) is not finite"):
+        collect(broken, Source(labels), labels, NAMES, 2)
+    # What padding and unreadable images become does not matter.
+    collect(broken, Source([*labels, 1], bad=[4]), np.array([*labels, 1]), NAMES, 2)
 
 
 def test_select():
@@ -136,3 +171,5 @@ def test_count_samples():
         count_samples(3, labels, names)
     with pytest.raises(ValueError, match=r"'dog' \(label 3\) has 0 training images"):
         count_samples(0, labels, [*names, "dog"])
+    with pytest.raises(ValueError, match=r"training example 3 has label 2, outside 0..1"):
+        count_samples(0, labels, names[:2])

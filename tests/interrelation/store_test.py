@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import wkd_jax
-from wkd_jax.interrelation import Interrelation, hash_arrays, load, load_distance, load_file, provenance, save
+from wkd_jax.interrelation import Interrelation, digest, hash_arrays, load, load_distance, load_file, provenance, save
 
 SHARED = pathlib.Path(__file__).parents[2] / "../shared"
 NAMES = ("ant", "bee", "süß")
@@ -22,6 +22,7 @@ def record(**changes):
         "data": "digits",
         "data_fingerprint": "bb",
         "num_classes": 3,
+        "dtype": "float32",
         "spec": spec,
     }
     return provenance(**{**arguments, **changes})
@@ -63,6 +64,12 @@ def test_one_error_names_every_field_that_differs(path):
 def test_what_is_only_for_people_is_not_compared(path, monkeypatch):
     monkeypatch.setattr(wkd_jax, "__version__", "9.9")
     load(path, record(data="the same pixels under another name"))
+
+
+def test_digest():
+    assert digest(record()) == digest(record(data="a copy")) == digest({**record(), "version": "9.9"})
+    for changed in ({"weights_hash": "cc"}, {"dtype": "bfloat16"}, {"spec": {**record()["spec"], "kernel": "rbf"}}):
+        assert digest(record(**changed)) != digest(record())
 
 
 @pytest.mark.parametrize("keep", [0, 10, 300, -30])

@@ -39,6 +39,14 @@ def test_warmup_takes_the_place_of_the_beginning():
     np.testing.assert_array_equal(got[20:], plain[20:])
 
 
+def test_per_epoch_the_rate_is_constant_within_one():
+    """timm's: warm-up w0 + t (lr - w0) / W, cosine of t / E, at the epoch t = 0, 1, ..."""
+    got = rates(schedule="cosine", per_epoch=True, warmup_epochs=3, warmup_learning_rate=0.01, end_learning_rate=0.001)
+    epoch = np.arange(10)
+    cosine = 0.001 + 0.099 * 0.5 * (1 + np.cos(np.pi * epoch / 10))
+    np.testing.assert_allclose(got, np.repeat(np.where(epoch < 3, 0.01 + 0.09 * epoch / 3, cosine), 10), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

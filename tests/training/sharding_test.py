@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from wkd_jax.training import sharding
+from wkd_jax.training.step import Frozen
 from wkd_jax.types import Batch
 
 
@@ -62,3 +63,14 @@ def test_global_batch_is_cut_over_the_data_axis():
     assert placed.image.sharding.spec == P("data")
     assert {shard.data.shape for shard in placed.image.addressable_shards} == {(2, 2, 2, 3)}
     np.testing.assert_array_equal(placed.image, images)
+
+
+def test_a_teacher_has_rules_of_its_own():
+    mesh = sharding.make_mesh({"data": 4, "model": 2})
+    frozen = Frozen(constants={}, teacher={"fc/kernel": jnp.ones((4, 6))})
+    params = {"student/fc/kernel": jnp.ones((4, 6))}
+    placed, teacher = sharding.place((params, frozen), mesh, [("^teacher/fc/kernel$", (None, "model"))])
+    assert teacher.teacher["fc/kernel"].spec == P(None, "model")
+    assert placed["student/fc/kernel"].spec == P()
+    with pytest.raises(ValueError, match="matches no array"):
+        sharding.place((params, frozen), mesh, [("^fc/kernel$", (None, "model"))])

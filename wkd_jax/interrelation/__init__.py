@@ -1,19 +1,22 @@
 """Category interrelations: how alike a teacher finds the classes, from its features on the training set.
 
     samples = count_samples(spec["samples_per_class"], labels, class_names)
-    features = collect(apply, batches, num_classes=C, samples_per_class=samples)      # [C, N, D]
+    features, unreadable = collect(apply, read, labels, class_names, samples)         # [C, N, D]
     similarity = from_features(spec, features)                                        # [C, C]
     save(path, Interrelation(similarity, class_names, provenance(...)))
-    load(path, expected=provenance(...))                                              # in the next run
+    load(path, expected=provenance(...))                                              # in the same run, later
+    cached.keep(Interrelation(...), report); cached.find(provenance(...), ...)        # in another run
 
-`losses.ground_cost` turns the similarity into the cost of WKD-L. The package imports `losses`, `types` and `registry`,
-never `training`.
+`losses.ground_cost` turns the similarity into the cost of WKD-L. The package imports `losses`, `types`, `cache` and
+`registry`, never `training`.
 """
 
+from wkd_jax.interrelation import cached
 from wkd_jax.interrelation.features import check_name, collect, count_samples, select
 from wkd_jax.interrelation.similarity import DEFAULTS, check, from_classifier, from_features, relevant
 from wkd_jax.interrelation.store import (
     Interrelation,
+    digest,
     hash_arrays,
     load,
     load_distance,
@@ -25,10 +28,12 @@ from wkd_jax.interrelation.store import (
 __all__ = [
     "DEFAULTS",
     "Interrelation",
+    "cached",
     "check",
     "check_name",
     "collect",
     "count_samples",
+    "digest",
     "from_classifier",
     "from_features",
     "hash_arrays",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -58,12 +60,17 @@ def count_samples(samples_per_class: int, labels: np.ndarray, class_names: Seque
       class_names: C names.
 
     Raises:
-      ValueError: If a class has fewer than that, or than 2; names the class, its count and the remedy.
+      ValueError: If a class has fewer than that, or than 2; names the class, its count and the remedy. If a label is of
+        no class.
 
     Example:
       >>> count_samples(0, np.array([0, 1, 0, 1, 1, 0, 1]), ["cat", "dog"])
       3
     """
+    wrong = (labels < 0) | (labels >= len(class_names))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(f"training example {row} has label {labels[row]}, outside 0..{len(class_names) - 1}")
     counts = np.bincount(labels, minlength=len(class_names))
     smallest = int(np.argmin(counts))
     available = int(counts[smallest])
@@ -78,119 +85,133 @@ def count_samples(samples_per_class: int, labels: np.ndarray, class_names: Seque
 
 
 def collect(
-    apply: Callable[[Array], Array],
-    batches: Iterable[Batch],
-    *,
-    num_classes: int,
+    apply: Callable[[Batch], tuple[Array, Array, Array]],
+    read: Callable[[np.ndarray], Iterable[Batch]],
+    labels: np.ndarray,
+    class_names: Sequence[str],
     samples_per_class: int,
+    *,
+    keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
+) -> tuple[np.ndarray | None, list[int]]:
     """Features of the first `samples_per_class` examples of each class, in data order.
 
-    The result is all the memory it takes: num_classes * samples_per_class * P * D floats on the host, besides two
-    batches. Batches that hold nothing new are not run, and none is read once every class is full. While the device
-    works on one batch, the one before it is copied.
+    Only these examples are read. One that cannot be read (it comes back with `valid` False) is replaced by the next of
+    its class, in a further pass. So the result depends on the data alone, and not on the size of the batches or on how
+    many devices and processes work. It is all the memory that is taken, C * n * P * D floats, besides two batches:
+    while the device works on one, the one before it is copied.
+
+    Where several processes work, all of them call this with the same arguments but `keep`, are given the same by
+    `apply`, and raise the same errors.
 
     Args:
-      apply: The frozen teacher, jitted: images [B, H, W, 3] -> features [B, D], or [B, P, D] where every position is a
-        sample (see `select`). What it returns must be addressable by this process.
-      batches: Integer labels; examples with `valid` False are ignored. All of one batch size, to compile once.
-      num_classes: C.
-      samples_per_class: n, at least 1.
-      progress: Called with (samples so far, num_classes * samples_per_class) after each batch.
+      apply: The frozen teacher, jitted: (features, index, valid) of all examples of a global batch, addressable by this
+        process. Features are [B, D], or [B, P, D] where every position is a sample (see `select`).
+      read: One pass over some examples: their positions [M] int64, increasing -> batches, all of one size.
+      labels: [num_examples] int, of all examples.
+      class_names: C names.
+      samples_per_class: n, as `count_samples` takes it.
+      keep: Whether this process wants the result.
+      progress: Called with (samples so far, C * n) after each batch.
 
     Returns:
-      [C, n, D] float32, or [C, n * P, D]: sample after sample, all positions of each, so that sample and position of
-      one class are paired with the same sample number and position of another.
+      (features, unreadable): [C, n, D] float32, or [C, n * P, D]: sample after sample, all positions of each, so that
+      sample and position of one class are paired with the same sample number and position of another; None where
+      `keep` is False. And the examples that could not be read.
 
     Raises:
-      ValueError: If a class has too few examples, a label does not exist, labels are mixed, or a feature is not
-        finite or of the wrong shape.
+      ValueError: If a class has too few examples, or too few that can be read; if a feature is not finite or of the
+        wrong shape.
 
     Example:
       >>> image = np.arange(12.0).reshape(4, 1, 1, 3)
-      >>> batch = Batch(image, np.array([1, 0, 1, 0]), np.arange(4), np.array([True, True, True, False]))
-      >>> collect(lambda image: image[:, 0, 0, :2], [batch], num_classes=2, samples_per_class=1)
-      array([[[3., 4.]],
+      >>> labels = np.array([1, 0, 1, 0])
+      >>> read = lambda rows: [Batch(image[rows], labels[rows], rows, np.full(len(rows), True))]
+      >>> apply = lambda batch: (batch.image[:, 0, 0, :2], batch.index, batch.valid)
+      >>> features, _ = collect(apply, read, labels, ["cat", "dog"], 0)
+      >>> features
+      array([[[ 3.,  4.],
+              [ 9., 10.]],
       <BLANKLINE>
-             [[0., 1.]]], dtype=float32)
+             [[ 0.,  1.],
+              [ 6.,  7.]]], dtype=float32)
     """
-    if num_classes < 1 or samples_per_class < 1:
-        raise ValueError(f"num_classes={num_classes}, samples_per_class={samples_per_class}: must be at least 1")
-    counts = np.zeros(num_classes, np.int64)
-    total = num_classes * samples_per_class
-    out: np.ndarray | None = None
-    pending: tuple[Array, np.ndarray, np.ndarray, np.ndarray] | None = None
+    samples = count_samples(samples_per_class, labels, class_names)
+    of_class = _by_class(labels, len(class_names))
+    rows = np.concatenate([own[:samples] for own in of_class])  # of each slot: the example that goes there
+    spare = [own[samples:][::-1].tolist() for own in of_class]  # the next one last
+    wanted, total, done, out = np.arange(len(rows)), len(rows), 0, None
+    unreadable: list[int] = []
+    while wanted.size:
+        wanted = wanted[np.argsort(rows[wanted])]  # slots, in data order of what they want
+        asked, found = rows[wanted], np.zeros(wanted.size, bool)
+        for features, index, valid in _results(apply, read(asked)):
+            places = np.searchsorted(asked, index[valid])
+            if not np.array_equal(asked.take(places, mode="clip"), index[valid]):
+                raise ValueError("the data set gave other examples than those it was asked for")
+            values = _samples(features[valid], index[valid], labels)
+            if keep:
+                out = _empty((total, *values.shape[1:])) if out is None else out
+                out[wanted[places]] = values
+            found[places] = True
+            done += places.size
+            if progress:
+                progress(done, total)
+        wanted = wanted[~found]
+        unreadable += rows[wanted].tolist()
+        for slot in wanted:
+            label = slot // samples
+            if not spare[label]:
+                _too_few_readable(class_names[label], label, rows[slot], samples, len(of_class[label]))
+            rows[slot] = spare[label].pop()
+    return out.reshape(len(class_names), -1, out.shape[-1]) if keep else None, unreadable
+
+
+def _by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """The examples of each class, in data order."""
+    ends = np.cumsum(np.bincount(labels, minlength=num_classes))
+    return np.split(np.argsort(labels, kind="stable"), ends[:-1])
+
+
+def _results(
+    apply: Callable[[Batch], tuple[Array, Array, Array]], batches: Iterable[Batch]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What `apply` gives for each batch, copied to the host while the device works on the next batch."""
+    pending = None
     for batch in batches:
-        rows, labels, slots = _wanted(batch, counts, samples_per_class)
-        if rows.size:
-            running = apply(batch.image)  # returns before the device is done
-            if running.shape[0] != len(batch.label):
-                raise ValueError(
-                    f"apply returned features {running.shape} for a batch of {len(batch.label)} labels: on every "
-                    "process, both must be of the same examples"
-                )
-            if pending:
-                out = _store(out, *pending, num_classes, samples_per_class)
-            pending = running, rows, labels, slots
-        if progress:
-            progress(int(counts.sum()), total)
-        if counts.sum() == total:
-            break
-    if counts.sum() < total:
-        short = int(np.argmin(counts))
-        raise ValueError(
-            f"class {short} has {counts[short]} of the {samples_per_class} examples that "
-            f"interrelation.samples_per_class asks for ({np.sum(counts < samples_per_class)} of {num_classes} classes "
-            "have too few): lower it, or set it to 0 for the smallest class's count"
-        )
-    out = _store(out, *pending, num_classes, samples_per_class)
-    return out.reshape(num_classes, -1, out.shape[-1])
+        running = apply(batch)  # returns before the device is done
+        if pending:
+            yield jax.device_get(pending)
+        pending = running
+    if pending:
+        yield jax.device_get(pending)
 
 
-def _wanted(batch: Batch, counts: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of a batch to keep, their labels, and which sample of its class each one is. Counts them in `counts`."""
-    labels, valid = np.asarray(batch.label), np.asarray(batch.valid)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be integers [B], got {labels.dtype} {labels.shape}: use batches without mixup")
-    wrong = valid & ((labels < 0) | (labels >= len(counts)))
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise ValueError(f"example {batch.index[row]} has label {labels[row]}, outside 0..{len(counts) - 1}")
-    rows = np.flatnonzero(valid)
-    order = rows[np.argsort(labels[rows], kind="stable")]  # by class, data order within
-    sizes = np.bincount(labels[rows], minlength=len(counts))
-    slots = np.arange(rows.size) - np.repeat(np.cumsum(sizes) - sizes, sizes) + counts[labels[order]]
-    keep = slots < limit
-    np.minimum(counts + sizes, limit, out=counts)
-    return order[keep], labels[order[keep]], slots[keep]
-
-
-def _store(
-    out: np.ndarray | None,
-    features: Array,
-    rows: np.ndarray,
-    labels: np.ndarray,
-    slots: np.ndarray,
-    num_classes: int,
-    samples_per_class: int,
-) -> np.ndarray:
-    """Writes one batch's features into [C, n, P, D], which is made by the first batch."""
-    values = np.asarray(jax.device_get(features))
-    if values.ndim not in (2, 3):
-        raise ValueError(f"features must be [B, D] or [B, P, D], got {values.shape}")
-    values = values.reshape(values.shape[0], -1, values.shape[-1])[rows].astype(np.float32)
-    if out is None:
-        out = np.empty((num_classes, samples_per_class, *values.shape[1:]), np.float32)
-    if values.shape[1:] != out.shape[2:]:
-        raise ValueError(
-            f"features an example changed from {out.shape[2:]} to {values.shape[1:]} (positions, channels)"
-        )
+def _samples(features: np.ndarray, index: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Features as [B, P, D] float32, if they are good."""
+    if features.ndim not in (2, 3):
+        raise ValueError(f"features must be [B, D] or [B, P, D], got {features.shape}")
+    values = (features if features.ndim == 3 else features[:, None]).astype(np.float32, copy=False)
     finite = np.isfinite(values).all(axis=(1, 2))
     if not finite.all():
+        row = index[np.argmin(finite)]
         raise ValueError(
-            f"a feature of class {labels[np.argmin(finite)]} (its sample number {slots[np.argmin(finite)]}) is not "
-            "finite: check the teacher's weights and the normalisation of its input"
+            f"a feature of training example {row} (class {labels[row]}) is not finite: check the teacher's weights and "
+            "the normalisation of its input"
         )
-    out[labels, slots] = values
-    return out
+    return values
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 of any values, at an address that JAX's CPU backend takes over without a copy of its own."""
+    size, alignment = math.prod(shape) * 4, 64
+    memory = np.empty(size + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + size].view(np.float32).reshape(shape)
+
+
+def _too_few_readable(name: str, label: int, row: int, samples: int, count: int) -> NoReturn:
+    raise ValueError(
+        f"class {name!r} (label {label}) has {count} training images, and fewer than {samples} of them can be read "
+        f"(the last one that cannot is example {row}): restore the files, or lower interrelation.samples_per_class"
+    )

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from wkd_jax import registry
@@ -104,9 +105,10 @@ def from_features(spec: Mapping[str, Any], features: np.ndarray) -> np.ndarray:
     if spec["kind"] == "classifier":
         raise ValueError("interrelation.kind='classifier' is made from the classifier's kernel, not from features")
     if spec["kind"] == "cosine":
-        return np.asarray(cosine_similarity(features.mean(axis=1, dtype=np.float64)))
+        return _cosine(features.mean(axis=1, dtype=np.float64))
     kernel = spec["kernel"]
-    return np.asarray(cka(features, kernel=kernel, **{key: spec[key] for key in _KERNELS[kernel]}))
+    arguments = {key: spec[key] for key in _KERNELS[kernel]}
+    return jax.device_get(cka(jax.device_put(features), kernel=kernel, **arguments))
 
 
 def from_classifier(kernel: np.ndarray) -> np.ndarray:
@@ -123,4 +125,8 @@ def from_classifier(kernel: np.ndarray) -> np.ndarray:
       array([[1. , 0.6],
              [0.6, 1. ]], dtype=float32)
     """
-    return np.asarray(cosine_similarity(np.asarray(kernel).T))
+    return _cosine(np.asarray(jax.device_get(kernel)).T)
+
+
+def _cosine(prototypes: np.ndarray) -> np.ndarray:
+    return jax.device_get(jax.jit(cosine_similarity)(jax.device_put(prototypes.astype(np.float32))))

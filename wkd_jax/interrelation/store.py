@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pathlib
+import secrets
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ def provenance(
     data: str,
     data_fingerprint: str,
     num_classes: int,
+    dtype: str,
     spec: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The record that a file carries and that a run compares its own with.
@@ -56,6 +58,7 @@ def provenance(
       data: Name of the data set; for people, not compared.
       data_fingerprint: Of the data set's content.
       num_classes: C.
+      dtype: What the teacher computes in.
       spec: What `interrelation.similarity.relevant` gives.
 
     Returns:
@@ -67,12 +70,24 @@ def provenance(
         "data": data,
         "data_fingerprint": data_fingerprint,
         "num_classes": num_classes,
+        "dtype": dtype,
         "spec": dict(spec),
         "version": wkd_jax.__version__,
     }
 
 
 _FOR_PEOPLE = ("data", "version")
+
+
+def digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of what is compared of a provenance: records of one digest are of one content.
+
+    Example:
+      >>> digest({"teacher": "resnet20", "data": "digits"}) == digest({"teacher": "resnet20", "data": "a copy"})
+      True
+    """
+    compared = {key: value for key, value in record.items() if key not in _FOR_PEOPLE}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
 def hash_arrays(arrays: Mapping[str, Any]) -> str:
@@ -101,7 +116,7 @@ def save(path: pathlib.Path, interrelation: Interrelation) -> None:
     Raises:
       OSError: If it cannot be written; names the file.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with partial.open("wb") as file:
             np.savez(

@@ -53,6 +53,8 @@ class WKDFeature(nnx.Module):
             )
         except ValueError as error:
             raise ValueError(f"methods.wkd_f.projector: {error}") from error
+        if config["projector"] in ("conv1x1", "bottleneck"):
+            sizes[0] = sizes[1]  # their output has the teacher's size
         smallest = min(min(size) for size in sizes)
         if not 1 <= config["grid"] <= smallest:
             raise ValueError(

@@ -18,7 +18,8 @@ def learning_rate(config: Mapping[str, Any], clock: Clock) -> Callable[[Array], 
 
     "step" falls by `factor` after each of `milestones` (epochs) and is constant within an epoch, as in the PyTorch
     recipes. "cosine" falls smoothly to `end_learning_rate` over the whole run. A warm-up rises linearly to the base
-    rate during the first `warmup_epochs` and takes the place of the schedule there; it does not shift the rest.
+    rate during the first `warmup_epochs` and takes the place of the schedule there; it does not shift the rest. With
+    `per_epoch` both change at the beginning of an epoch alone, as timm's schedulers do.
 
     Raises:
       ValueError: If milestones are not increasing epochs inside the run, or the warm-up outlasts it.
@@ -34,18 +35,19 @@ def learning_rate(config: Mapping[str, Any], clock: Clock) -> Callable[[Array], 
         raise ValueError(f"optimizer.warmup_epochs={warmup}: must be less than epochs={clock.epochs}")
 
     def schedule(step: Array) -> Array:
+        epoch = clock.progress(step).epoch
+        part = (epoch - 1) / clock.epochs if config["per_epoch"] else step / clock.total_steps
         if config["schedule"] == "step":
-            epoch = clock.progress(step).epoch
             falls = jnp.sum(epoch > jnp.asarray(milestones))
             rate = base * config["factor"] ** falls
         elif config["schedule"] == "cosine":
             end = config["end_learning_rate"]
-            rate = end + (base - end) * 0.5 * (1 + jnp.cos(jnp.pi * step / clock.total_steps))
+            rate = end + (base - end) * 0.5 * (1 + jnp.cos(jnp.pi * part))
         else:
             rate = jnp.asarray(base)
         if warmup:
             start = config["warmup_learning_rate"]
-            done = step / max(clock.steps(warmup), 1)
+            done = (epoch - 1) / warmup if config["per_epoch"] else step / max(clock.steps(warmup), 1)
             rate = jnp.where(done < 1, start + (base - start) * done, rate)
         return jnp.asarray(rate, jnp.float32)
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wkd_jax import config as config_lib
 from wkd_jax import interrelation
 from wkd_jax.data.base import DataSet
+from wkd_jax.interrelation import Interrelation
 from wkd_jax.models import functional
-from wkd_jax.training import build, checkpoint, sharding, workdir
+from wkd_jax.training import build, checkpoint, processes, sharding, workdir
 from wkd_jax.training.build import Network
 from wkd_jax.training.progress import Progress
-from wkd_jax.types import Batch, Normalisation, Params
+from wkd_jax.training.step import Frozen, named_key
+from wkd_jax.types import Array, Batch, Normalisation, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,71 +43,197 @@ class Teacher:
     fingerprint: str
     notes: tuple[str, ...] = ()
 
-    def similarity(self, config: Mapping[str, Any], data: DataSet, directory: pathlib.Path) -> np.ndarray:
-        """The class similarity [C, C] that the config's `interrelation` section asks for.
+    def similarity(
+        self,
+        config: Mapping[str, Any],
+        data: DataSet,
+        directory: pathlib.Path,
+        *,
+        between_batches: Callable[[], None] = lambda: None,
+        report: Callable[[str], None] | None = None,
+    ) -> np.ndarray:
+        """The class similarity [C, C] that the config's `interrelation` section asks for, the same on every process.
 
-        Read from a file if the config names one; else found in the run's directory; else computed, one pass over the
-        images the teacher was trained on, without augmentation, and kept there.
+        Read from a file if the config names one; else found in the run's directory; else in the user's cache; else
+        computed, one pass over images the teacher was trained on, without augmentation, on all devices, and left in the
+        cache. Process 0 alone reads and writes these files, and holds what the matrix is computed from. Where the data
+        set allows images that cannot be read, the next of their classes take their places; such a matrix is not left
+        in the cache.
+
+        Args:
+          config: Resolved, of the run that wants it.
+          data: Of that run.
+          directory: Its work directory.
+          between_batches: Called before each batch of the pass, on every process. May raise, on all of them alike.
+          report: Told, in sentences, what a person may want to know. None: written to standard error, by process 0.
 
         Raises:
-          ValueError: If a file does not fit this run, or the section asks for what the teacher does not have.
+          ValueError: If a file does not fit this run, the section asks for what the teacher does not have, or a class
+            has too few images that can be read.
+          OSError: If a file cannot be read or written.
         """
-        spec, info = interrelation.check(config["interrelation"]), self.network.info
-        path = directory / workdir.INTERRELATION
-        if self.config["data"] != config["data"]:  # a student on fewer images takes nothing from the classes' relations
-            data = build.data_set(self.config["data"])
+        spec, info, report = interrelation.check(config["interrelation"]), self.network.info, report or _say
+        data = self._training_data(config, data)
         samples = 0  # a classifier's rows need none
         if spec["kind"] != "classifier" and not spec["file"]:
             interrelation.check_name(spec["features"], info)
-            samples = interrelation.count_samples(spec["samples_per_class"], data.labels, data.class_names)
+            labels = processes.everywhere(lambda: data.labels)
+            samples = interrelation.count_samples(spec["samples_per_class"], labels, data.class_names)
         record = interrelation.provenance(
             teacher=info.name,
             weights_hash=self.fingerprint,
             data=data.name,
-            data_fingerprint=data.fingerprint,
+            data_fingerprint=processes.everywhere(lambda: data.fingerprint),
             num_classes=info.num_classes,
+            dtype=config["dtype"],
             spec=interrelation.relevant(spec, samples),
         )
-        if spec["file"]:
-            file = pathlib.Path(spec["file"])
-            found = interrelation.load_file(file, data.class_names)
-            if file.suffix == ".npz":  # one of ours says what made it, and that must be this teacher
-                interrelation.load(file, {**record, "spec": interrelation.load(file).provenance.get("spec")})
-            interrelation.save(path, interrelation.Interrelation(found, data.class_names, {"file": spec["file"]}))
+        processes.agree("the content of the teacher's training images", record["data_fingerprint"])
+        path = directory / workdir.INTERRELATION
+
+        def keep(similarity: np.ndarray, origin: Mapping[str, Any]) -> Interrelation:
+            found = Interrelation(similarity, tuple(data.class_names), origin)
+            interrelation.save(path, found)
             return found
-        if path.exists():
-            return interrelation.load(path, record).similarity
-        if spec["kind"] == "classifier":
-            similarity = interrelation.from_classifier(np.asarray(self.network.arrays[info.classifier]))
-        else:
-            similarity = interrelation.from_features(spec, self._features(config, data, samples))
-        interrelation.save(path, interrelation.Interrelation(similarity, data.class_names, record))
+
+        def find() -> np.ndarray | None:
+            if spec["file"]:
+                return keep(_named_file(spec["file"], data, record), {"file": spec["file"]}).similarity
+            if path.exists():
+                return interrelation.load(path, record).similarity
+            if spec["kind"] == "classifier":
+                return keep(interrelation.from_classifier(self.network.arrays[info.classifier]), record).similarity
+            cached = interrelation.cached.find(record, data.class_names, report)
+            return cached if cached is None else keep(cached, record).similarity
+
+        def compute(features: np.ndarray) -> np.ndarray:
+            try:
+                similarity = interrelation.from_features(spec, features)
+            except jax.errors.JaxRuntimeError as error:
+                raise ValueError(
+                    f"class similarity: the device of process 0 fails on class features {features.shape} "
+                    f"({str(error).splitlines()[0][:300]}): lower interrelation.samples_per_class, or compute the "
+                    "matrix on another machine and set interrelation.file"
+                ) from error
+            found = keep(similarity, record)
+            if not unreadable:  # what is left for others is of the whole data set
+                interrelation.cached.keep(found, report)
+            return similarity
+
+        shape = (info.num_classes, info.num_classes)
+        similarity = _from_first(find, shape)
+        if similarity is None:
+            features, unreadable = self._features(config, data, samples, between_batches)
+            if unreadable:
+                report(
+                    f"class similarity: {len(unreadable)} training images cannot be read, and the next of their "
+                    "classes take their places"
+                )
+            similarity = _from_first(lambda: compute(features), shape)
         return similarity
 
-    def _features(self, config: Mapping[str, Any], data: DataSet, samples: int) -> np.ndarray:
-        """Class features [C, N, D] of the training images, on all devices."""
+    def _training_data(self, config: Mapping[str, Any], data: DataSet) -> DataSet:
+        """What the teacher was trained on: a student on fewer images takes nothing from the classes' relations."""
+        own, run = (config_lib.identity(section)["data"] for section in (self.config, config))
+        if own == run:
+            return data
+        section = dict(self.config["data"])
+        if own["name"] == run["name"]:  # where images lie, and who decodes them, is this machine's business
+            section |= {key: value for key, value in config["data"].items() if key not in run}
+        return processes.everywhere(lambda: build.data_set(section))
+
+    def _features(
+        self,
+        config: Mapping[str, Any],
+        data: DataSet,
+        samples: int,
+        between_batches: Callable[[], None],
+    ) -> tuple[np.ndarray | None, list[int]]:
+        """Class features of training images by all devices, see `interrelation.collect`; kept by process 0 alone."""
         mesh = sharding.make_mesh(config["mesh"])
         replicated = NamedSharding(mesh, PartitionSpec())
         task = build.task(config, data)
-        arrays = jax.device_put(self.network.arrays, replicated)
+        arrays = _placed(self.network.arrays, mesh, config["sharding"])
 
-        def forward(arrays: Any, image: jax.Array) -> jax.Array:
-            rows = jnp.zeros(len(image), jnp.int32)
-            batch = Batch(image=image, label=rows, index=rows, valid=rows == 0)
-            batch = task.normalise(batch, self.network.normalisation)
-            outputs = self.network.structure.merge(arrays)(batch.image, train=False)
-            return interrelation.select(outputs, config["interrelation"]["features"], self.network.info)
+        def forward(arrays: Any, batch: Batch) -> tuple[Array, Array, Array]:
+            image = task.normalise(batch, self.network.normalisation).image
+            outputs = self.network.structure.merge(arrays)(image, train=False)
+            features = interrelation.select(outputs, config["interrelation"]["features"], self.network.info)
+            return features, batch.index, batch.valid
 
         step = jax.jit(forward, out_shardings=replicated)
-        batches = data.evaluation("train", global_batch_size=config["global_batch_size"])
+
+        def read(rows: np.ndarray) -> Iterator[Batch]:
+            batches = data.evaluation(
+                "train",
+                global_batch_size=config["global_batch_size"] // config["accumulation"],
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                rows=rows,
+            )
+            # A process that cannot read its part must not leave the others waiting for it.
+            while (batch := processes.everywhere(lambda: next(batches, None))) is not None:
+                between_batches()
+                yield sharding.global_batch(batch, mesh)
+
         with Progress(len(data.class_names) * samples, description="class features") as progress:
             return interrelation.collect(
-                lambda image: step(arrays, sharding.global_batch(image, mesh)),
-                batches,
-                num_classes=len(data.class_names),
-                samples_per_class=samples,
+                lambda batch: step(arrays, batch),
+                read,
+                data.labels,
+                data.class_names,
+                samples,
+                keep=jax.process_index() == 0,
                 progress=lambda done, total: progress.update(done, {}),
             )
+
+
+def _named_file(name: str, data: DataSet, record: Mapping[str, Any]) -> np.ndarray:
+    """The matrix that `interrelation.file` names. One of ours says what made it, and that must be this teacher."""
+    path = pathlib.Path(name)
+    similarity = interrelation.load_file(path, data.class_names)
+    if path.suffix == ".npz":
+        theirs = interrelation.load(path).provenance
+        interrelation.load(path, {**record, **{key: theirs.get(key) for key in ("spec", "dtype")}})
+    return similarity
+
+
+def _placed(arrays: Params, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]]) -> Params:
+    """A teacher's arrays on the devices, where the rules of a run put them, each process filling its own devices.
+
+    Of the rules those are kept that decide where one of the arrays goes: the others are of the student and the methods.
+    """
+    names = [f"teacher/{name}" for name, array in arrays.items() if array.ndim]
+    first = {next((n for n, rule in enumerate(rules) if re.search(rule[0], name)), None) for name in names}
+    kept = [rule for n, rule in enumerate(rules) if n in first]
+    shardings = sharding.place(Frozen({}, arrays), mesh, kept).teacher
+    host = {name: np.asarray(jax.device_get(array)) for name, array in arrays.items()}
+    with jax.transfer_guard_host_to_device("allow"):  # JAX takes what follows for an accident
+        return {
+            name: jax.make_array_from_callback(array.shape, shardings[name], lambda index, array=array: array[index])
+            for name, array in host.items()
+        }
+
+
+def _from_first(act: Callable[[], np.ndarray | None], shape: tuple[int, ...]) -> np.ndarray | None:
+    """What `act` returns on process 0, float32 of `shape` or None, on every process; as are its errors."""
+    found: list[np.ndarray | None] = []
+
+    def run() -> bool:
+        found.append(act())
+        return found[0] is not None
+
+    if not processes.first(run):
+        return None
+    if jax.process_count() == 1:
+        return found[0]
+    with jax.transfer_guard("allow"):
+        return np.asarray(multihost_utils.broadcast_one_to_all(found[0] if found else np.zeros(shape, np.float32)))
+
+
+def _say(message: str) -> None:
+    if jax.process_index() == 0:
+        sys.stderr.write(message + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +296,35 @@ def load(config: Mapping[str, Any], directory: pathlib.Path | None, data: DataSe
 
     Raises:
       ValueError: If the directory holds no run, an unfinished one, one on images of another size, or its checkpoint
-        is damaged; if the weights are not of the network that the config names.
+        is damaged; if the weights are not of the network that the config names, or differ between processes; if its
+        statistics are to be perturbed and cannot be.
       OSError: If the weights are not there, or cannot be downloaded.
     """
-    if directory is None:
-        network, notes = build.pretrained(config, data)
-        return Teacher(network, config, _fingerprint(network), tuple(notes))
+
+    def read() -> tuple[Network, Mapping[str, Any], list[str]]:
+        if directory is None:
+            network, notes = build.pretrained(config, data)
+            return network, config, notes
+        return *_student(config, directory, data), []
+
+    network, origin, notes = processes.everywhere(read)
+    identity = {**network.arrays, **_feeding(network.normalisation)}
+    if config["teacher"]["perturb_statistics"]:
+        seed, size = config["seed"], data.image_size
+        # The recipe and not its result, whose last bits depend on the hardware.
+        identity["perturbed by an image of"] = np.array([seed, *size], np.int64)
+        network = _perturbed(network, seed, size)
+        notes.append(
+            "its running statistics were moved once towards those of a normal random image "
+            "(teacher.perturb_statistics), its parameters are as they were"
+        )
+    fingerprint = interrelation.hash_arrays(identity)
+    processes.agree("the teacher", fingerprint)
+    return Teacher(network, origin, fingerprint, tuple(notes))
+
+
+def _student(config: Mapping[str, Any], directory: pathlib.Path, data: DataSet) -> tuple[Network, Mapping[str, Any]]:
+    """The student of the run in `directory`, and that run's config."""
     try:
         trained = read_run(directory, config["teacher"]["which"])
     except ValueError as error:
@@ -181,9 +335,39 @@ def load(config: Mapping[str, Any], directory: pathlib.Path | None, data: DataSe
     network = build.network(
         trained.config["student"], trained.num_classes, config["dtype"], trained.arrays, trained.normalisation
     )
-    return Teacher(network, trained.config, _fingerprint(network))
+    return network, trained.config
 
 
-def _fingerprint(network: Network) -> str:
-    how = {"mean": np.asarray(network.normalisation.mean), "std": np.asarray(network.normalisation.std)}
-    return interrelation.hash_arrays({**network.arrays, **how})
+def _feeding(normalisation: Normalisation) -> dict[str, np.ndarray]:
+    return {"mean": np.asarray(normalisation.mean), "std": np.asarray(normalisation.std)}
+
+
+def _perturbed(network: Network, seed: int, size: tuple[int, int]) -> Network:
+    """The network after one training pass of one image of standard normal noise: its running statistics have moved.
+
+    The authors' code does this to a teacher, unseeded, when it asks for the shapes of its features.
+
+    Raises:
+      ValueError: If the network has no running statistics, or takes none of a single image of this size.
+    """
+
+    key = named_key(jax.random.key(seed), "teacher/perturb_statistics")
+    noise = jax.random.normal(key, (1, *size, 3))
+
+    def run(arrays: Params, image: Array) -> Params:
+        module = network.structure.merge(arrays)
+        module(image, train=True, rngs=nnx.Rngs(key))  # for dropout, if there is some
+        return functional.variables(module)
+
+    try:
+        moved = jax.device_get(jax.jit(run)(jax.device_put(network.arrays), noise))
+    except ValueError as error:
+        raise ValueError(f"teacher.perturb_statistics: {error}") from error
+    if not moved:
+        raise ValueError(
+            f"teacher.perturb_statistics: {network.info.name} has no running statistics that could move: leave it out"
+        )
+    if jax.process_count() > 1:  # their last bits may differ
+        with jax.transfer_guard("allow"):
+            moved = multihost_utils.broadcast_one_to_all(moved)
+    return dataclasses.replace(network, arrays={**network.arrays, **moved})
