@@ -1,0 +1,290 @@
+"""What a train step sends between devices, computes and keeps, read from the program compiled for 8 to 1024 devices.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.bench_scaling
+
+The real `Program.train_step` (WKD-L + WKD-F, 224 px, 1000 classes, bfloat16 activations, SGD) is compiled for meshes of
+simulated CPU devices; nothing runs, so one laptop core is enough. Collectives are counted twice: as the SPMD
+partitioner emits them, before anything that depends on the kind of device (element types, bytes, where each comes
+from), and as they are launched after XLA has combined them, which is CPU's choice. FLOPs and memory are those of one
+device. `python -m benchmarks.scaling_times` prints the committed numbers with the time they take on named chips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import platform
+import re
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from benchmarks.scaling_times import RESULTS, sent
+from wkd_jax import config as config_lib
+from wkd_jax.models import functional
+from wkd_jax.training import build, sharding
+from wkd_jax.types import Batch, Normalisation
+
+CLASSES, EXAMPLES = 1000, 1_281_167
+SIZES = (8, 64, 256, 1024)
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+# Teacher; settings of WKD-F that its tap allows; rules that cut its parameters over four devices. The student's names
+# begin with "student/", so a rule that begins with a layer's own name is about the teacher.
+PAIRS = {
+    "resnet34 -> resnet18": ("resnet34", {}, ((r"^layer\d/.*conv\d/kernel$", (None, None, None, "model")),)),
+    "vit_small -> resnet18": (
+        "vit_small_patch16_224",
+        {"grid": 1, "projector": "linear"},
+        (
+            (r"^blocks/.*(qkv|fc1)/kernel$", (None, "model")),
+            (r"^blocks/.*(proj|fc2)/kernel$", ("model", None)),
+        ),
+    ),
+}
+
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+_COLLECTIVE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.+?) (" + "|".join(KINDS) + r")(-start)?\(")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+class ImageNet:
+    """Stands for the data set: what a run asks of it before the first batch."""
+
+    name = "imagenet"
+    class_names = tuple(map(str, range(CLASSES)))
+    mean, std = IMAGENET.mean, IMAGENET.std
+    num_examples = EXAMPLES
+    fingerprint = "none"
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = (image_size, image_size)
+        self.labels = np.arange(EXAMPLES, dtype=np.int32) % CLASSES
+
+
+def config(pair: str, *, batch: int, group: int | None, dtype: str) -> dict:
+    """The resolved config of one case."""
+    teacher, feature, _ = PAIRS[pair]
+    return config_lib.resolve(
+        {
+            "epochs": 100,
+            "global_batch_size": batch,
+            "dtype": dtype,
+            "data": {"name": "digits"},  # resolved and then not used: `ImageNet` takes its place
+            "student": {"name": "resnet18", "norm_group_size": group},
+            "teacher": {"weights": "none", "model": {"name": teacher}},
+            "methods": {"wkd_l": {}, "wkd_f": feature},
+            "optimizer": {"weight_decay": 1e-4, "schedule": "step", "milestones": (30, 60, 90)},
+        }
+    ).to_dict() | {"mesh": {"data": 1, "model": 1}}
+
+
+def abstract_run(settings: dict, data: ImageNet):
+    """(program, abstract (state, frozen)): the run that `build.run` would make, with no array computed."""
+    model, kept = settings["teacher"]["model"], {}
+
+    def make():
+        module = build.model(model, CLASSES, settings["dtype"], 0)
+        _, params, variables, _ = functional.split(module)
+        arrays = {**params, **variables}
+        network = build.network(model, CLASSES, settings["dtype"], arrays, IMAGENET)
+        similarity = 0.5 + 0.5 * np.eye(CLASSES, dtype=np.float32)
+        run = build.run(settings, data, network, lambda: similarity, devices=jax.devices()[:1])
+        kept["program"] = run.program
+        return run.state, run.frozen
+
+    arrays = jax.eval_shape(make)
+    return kept["program"], arrays
+
+
+def measure(pair: str, *, devices: int, batch: int, group: int | None, model: int, image_size: int, dtype: str) -> dict:
+    """Compiles one case; what it sends, computes and keeps."""
+    mesh = sharding.make_mesh({"data": -1, "model": model}, jax.devices()[:devices])
+    data = ImageNet(image_size)
+    program, arrays = abstract_run(config(pair, batch=batch, group=group, dtype=dtype), data)
+    placed = sharding.place(arrays, mesh, PAIRS[pair][2] if model > 1 else ())
+    arrays = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays, placed)
+    over_data = NamedSharding(mesh, PartitionSpec("data"))
+    fields = [((*data.image_size, 3), jnp.uint8), ((), jnp.int32), ((), jnp.int32), ((), jnp.bool_)]
+    inputs = Batch(*(jax.ShapeDtypeStruct((batch, *shape), kind, sharding=over_data) for shape, kind in fields))
+    step = jax.jit(
+        program.train_step, donate_argnums=0, out_shardings=(placed[0], NamedSharding(mesh, PartitionSpec()))
+    )
+    start = time.perf_counter()
+    lowered = step.lower(*arrays, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(
+            compiler_options={
+                "xla_backend_optimization_level": 0,
+                "xla_llvm_disable_expensive_passes": True,
+                "xla_dump_to": folder,
+                "xla_dump_hlo_pass_re": "spmd.*",
+                "xla_dump_hlo_as_text": True,
+            }
+        )
+        (partitioned,) = pathlib.Path(folder).glob("*train_step*after_spmd-partitioning*.txt")
+        emitted = collectives(partitioned.read_text())
+    launched = collectives(compiled.as_text())
+    memory = compiled.memory_analysis()
+    return {
+        "pair": pair,
+        "devices": devices,
+        "mesh": {"data": devices // model, "model": model},
+        "global_batch_size": batch,
+        "norm_group_size": group,
+        "image_size": image_size,
+        "dtype": dtype,
+        "trained_parameters": sum(math.prod(leaf.shape) for leaf in arrays[0].params.values()),
+        "emitted": summary(emitted, devices, model),
+        "launched": len(launched),
+        "launched_elements": sum(c["elements"] for c in launched),
+        "emitted_elements": sum(c["elements"] for c in emitted),
+        "gflop_a_device": compiled.cost_analysis()["flops"] / 1e9,
+        "gflop_an_image": lowered.cost_analysis()["flops"] / batch / 1e9,
+        "memory_mb_a_device": {
+            "state_and_constants": memory.argument_size_in_bytes / 1e6,
+            "temporary_on_cpu": memory.temp_size_in_bytes / 1e6,
+        },
+        "compile_s": round(time.perf_counter() - start, 1),
+    }
+
+
+def collectives(text: str) -> list[dict]:
+    """Every collective of a module's text: kind, types, elements, bytes, devices a group, source, and by which axis.
+
+    Example:
+      >>> line = '  %a = (bf16[3,2]{1,0}, f32[]) all-reduce(%x, %y), replica_groups=[2,4]<=[8], to_apply=%add'
+      >>> [(c["kind"], c["dtype"], c["elements"], c["bytes"], c["group"]) for c in collectives(line)]
+      [('all-reduce', 'bf16+f32', 7, 16, 4)]
+    """
+    frames, found = _Frames(text), []
+    for line in text.splitlines():
+        match = _COLLECTIVE.match(line)
+        if not match:
+            continue
+        if match[4]:
+            raise ValueError(f"asynchronous {match[3]}: its result type holds more than the result; not handled")
+        arrays = [(kind, math.prod(map(int, filter(None, dims.split(","))))) for kind, dims in _ARRAY.findall(match[2])]
+        found.append(
+            {
+                "kind": match[3],
+                "arrays": len(arrays),
+                "dtype": "+".join(sorted({kind for kind, _ in arrays})),
+                "elements": sum(size for _, size in arrays),
+                "bytes": sum(BYTES[kind] * size for kind, size in arrays),
+                "group": _group_size(line),
+                "source": _source(line, max(size for _, size in arrays), frames),
+            }
+        )
+    return found
+
+
+def _group_size(line: str) -> int:
+    """Devices that take part in one collective together, in any of the notations of `replica_groups`."""
+    if "source_target_pairs" in line:
+        return 2
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{('[^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'([\w]+)'=(\d+)", match[1])}
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return match[1].count(",") + 1
+    raise ValueError(f"replica_groups in a form that is not known: {line.strip()[:300]}")
+
+
+class _Frames:
+    """The Python functions that an instruction was traced in, from the tables at the head of a module's text."""
+
+    def __init__(self, text: str) -> None:
+        self.functions = dict(
+            re.findall(r'^(\d+) "(.*)"$', text.partition("FunctionNames")[2].partition("\n\n")[0], re.M)
+        )
+        self.locations = dict(re.findall(r"^(\d+) \{.*?function_name_id=(\d+)", text, re.M))
+        stack = re.findall(r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?\}", text, re.M)
+        self.stack = {frame: (location, parent) for frame, location, parent in stack}
+
+    def of(self, line: str) -> list[str]:
+        names, match = [], re.search(r"stack_frame_id=(\d+)", line)
+        frame = match and match[1]
+        while frame in self.stack:
+            location, parent = self.stack[frame]
+            names.append(self.functions.get(self.locations.get(location, ""), ""))
+            frame = parent if parent != frame else None
+        return names
+
+
+def _source(line: str, largest: int, frames: _Frames) -> str:
+    """What a collective is for."""
+    names = frames.of(line)
+    backward = "transpose(" in line.partition("metadata=")[2]
+    if any(name.startswith("BatchNorm.") for name in names):
+        return "BatchNorm, backward" if backward else "BatchNorm, forward"
+    if largest == 1:
+        return "losses and metrics"
+    if "Program.run_teacher" in names:
+        return "teacher"
+    return "gradients" if backward else "other"
+
+
+def summary(found: list[dict], devices: int, model: int) -> list[dict]:
+    """Rows of (kind, axis, source, dtype) with their number, payload and what a ring sends for it."""
+    axes = {devices: "all", devices // model: "data", model: "model"} if model > 1 else {devices: "data"}
+    rows: dict[tuple, dict] = {}
+    for c in found:
+        axis = axes.get(c["group"], f"{c['group']} devices")
+        row = rows.setdefault((c["kind"], axis, c["source"], c["dtype"]), {"count": 0, "bytes": 0, "sent_bytes": 0.0})
+        row["count"] += 1
+        row["bytes"] += c["bytes"]
+        row["sent_bytes"] += sent(c["kind"], c["bytes"], c["group"])
+    keys = ("kind", "axis", "source", "dtype")
+    return [dict(zip(keys, key, strict=True)) | row for key, row in sorted(rows.items())]
+
+
+def cases() -> list[dict]:
+    """What is compiled."""
+    plain, rows = {"group": None, "model": 1, "dtype": "bfloat16"}, []
+    for pair in PAIRS:
+        for devices in SIZES:
+            weak = plain | {"pair": pair, "devices": devices, "batch": 32 * devices}
+            rows += [weak, weak | {"group": 32}]
+        rows += [plain | {"pair": pair, "devices": devices, "batch": 1024} for devices in SIZES]
+        rows.append(plain | {"pair": pair, "devices": 64, "batch": 2048, "model": 4})
+    first = plain | {"pair": next(iter(PAIRS))}
+    rows.append(first | {"devices": 256, "batch": 1024, "group": 32})  # groups that span eight devices
+    rows.append(first | {"devices": 64, "batch": 2048, "dtype": "float32"})
+    return rows
+
+
+def main() -> None:
+    """Compiles every case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases to compile; default: all")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(SIZES))
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program would leave no dump to read
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    report = {"benchmark": "one train step, compiled for simulated devices", "versions": versions, "cases": []}
+    todo = cases()
+    for number in options.only or range(len(todo)):
+        row = measure(**todo[number], image_size=options.image_size)
+        report["cases"].append(row)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{number + 1}/{len(todo)}: {row['pair']}, {row['devices']} devices: {row['compile_s']} s", flush=True)
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
