@@ -1,8 +1,15 @@
 """Eight CPU devices for every test, so that one-device and many-device runs can be compared in one process."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import jax
+
+# Nothing is read from, or left in, the cache of whoever runs the tests.
+os.environ["WKD_JAX_CACHE"] = tempfile.mkdtemp(prefix="wkd_jax_tests_")
+atexit.register(shutil.rmtree, os.environ["WKD_JAX_CACHE"], ignore_errors=True)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

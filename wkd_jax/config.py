@@ -93,6 +93,7 @@ OPERATIONAL = (
     "keep",
     "data.data_dir",
     "data.workers",
+    "data.max_bad_images",
 )
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+_KINDS: dict[str, type[Exception]] = {"OSError": OSError, "ValueError": ValueError}
 HEARTBEAT_SECONDS = 30  # after so long without a sign of life a process counts as lost, and the others stop
 
 
@@ -38,6 +39,7 @@ def initialize() -> None:
             f"--distributed: the processes of this run did not find each other ({error}). Set {', '.join(names)}, or "
             "start them with launch/; leave --distributed out for one process"
         ) from error
+    gather("ready")  # on CPU the first exchange fails if it comes when the processes are far apart
 
 
 def first(act: Callable[[], Any]) -> Any:
@@ -61,10 +63,10 @@ def first(act: Callable[[], Any]) -> Any:
         try:
             outcome = {"result": act()}
         except (ValueError, OSError) as error:
-            outcome = {"kind": "OSError" if isinstance(error, OSError) else "ValueError", "message": str(error)}
+            outcome = {"kind": _kind(error), "message": str(error)}
     outcome = _broadcast(outcome)
     if "kind" in outcome:
-        raise {"OSError": OSError, "ValueError": ValueError}[outcome["kind"]](outcome["message"])
+        raise _KINDS[outcome["kind"]](outcome["message"])
     return outcome["result"]
 
 
@@ -83,15 +85,15 @@ def everywhere(act: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return act()
-    result, problem, kind = None, "", ValueError
+    result, problem = None, ""
     try:
         result = act()
     except (ValueError, OSError) as error:
-        problem, kind = str(error), OSError if isinstance(error, OSError) else ValueError
-    problems = gather(problem)
-    for index, message in enumerate(problems):
-        if message:
-            raise kind(f"process {index}: {message}")
+        problem = f"{_kind(error)} {error}"
+    for index, told in enumerate(gather(problem)):
+        if told:
+            kind, message = told.split(" ", 1)
+            raise _KINDS[kind](f"process {index}: {message}")
     return result
 
 
@@ -130,6 +132,10 @@ def gather(text: str) -> list[str]:
         padded[: encoded.size] = encoded
         rows = np.reshape(multihost_utils.process_allgather(padded), (len(sizes), -1))
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def _kind(error: Exception) -> str:
+    return "OSError" if isinstance(error, OSError) else "ValueError"
 
 
 def _broadcast(value: Any) -> Any:

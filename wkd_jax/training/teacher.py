@@ -77,6 +77,7 @@ class Teacher:
         samples = 0  # a classifier's rows need none
         if spec["kind"] != "classifier" and not spec["file"]:
             interrelation.check_name(spec["features"], info)
+            processes.first(lambda: len(data.labels))  # where a pass over the data set finds them, one is enough
             labels = processes.everywhere(lambda: data.labels)
             samples = interrelation.count_samples(spec["samples_per_class"], labels, data.class_names)
         record = interrelation.provenance(
@@ -350,7 +351,6 @@ def _perturbed(network: Network, seed: int, size: tuple[int, int]) -> Network:
     Raises:
       ValueError: If the network has no running statistics, or takes none of a single image of this size.
     """
-
     key = named_key(jax.random.key(seed), "teacher/perturb_statistics")
     noise = jax.random.normal(key, (1, *size, 3))
 
