@@ -61,7 +61,7 @@ prefix() {
 
 # Starts process $1 of the run at port $2; the rest are its arguments. Its id: the last element of `pids`.
 start() {
-  local index=$1 port=$2 devices ids
+  local index=$1 port=$2 devices ids cores pinned=()
   shift 2
   local settings=("JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$PROCESSES" "JAX_PROCESS_ID=$index"
     PYTHONUNBUFFERED=1)
@@ -72,14 +72,17 @@ start() {
     ids=$(seq -s , 0 $((DEVICES - 1)))
     # The second one because JAX takes one GPU a process where it finds itself inside a SLURM allocation.
     settings+=("CUDA_VISIBLE_DEVICES=$devices" "JAX_LOCAL_DEVICE_IDS=$ids")
+    # Each process decodes on its own share of the cores.
+    cores=$(($(nproc) / PROCESSES))
+    if ((cores)); then pinned=(taskset -c "$((index * cores))-$(((index + 1) * cores - 1))"); fi
   fi
   if [[ -n $DRY_RUN ]]; then
-    echo "env ${settings[*]} ${command[*]} $* --distributed"
+    echo "env ${settings[*]} ${pinned[*]+"${pinned[*]} "}${command[*]} $* --distributed"
   elif [[ -n $LOGS ]]; then
-    env "${settings[@]}" "${command[@]}" "$@" --distributed >>"$LOGS/process_$index.log" 2>&1 &
+    env "${settings[@]}" ${pinned[@]+"${pinned[@]}"} "${command[@]}" "$@" --distributed >>"$LOGS/process_$index.log" 2>&1 &
     pids+=($!)
   else
-    env "${settings[@]}" "${command[@]}" "$@" --distributed > >(prefix "$index") 2>&1 &
+    env "${settings[@]}" ${pinned[@]+"${pinned[@]}"} "${command[@]}" "$@" --distributed > >(prefix "$index") 2>&1 &
     pids+=($!)
   fi
 }

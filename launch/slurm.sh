@@ -65,8 +65,14 @@ if [[ -z ${WKD_JAX_JOB:-} ]]; then
   exit
 fi
 
+# srun ends with the largest code of all tasks, and 75 of those that lost a task hides its error: that task leaves a mark.
+mark=$LOGS/$NAME-${SLURM_JOB_ID:-0}.error
+run rm -f "$mark"
 code=0
-run "${step[@]}" "${command[@]}" "$@" --distributed || code=$?
+run "${step[@]}" bash -c 'mark=$0; code=0; "$@" || code=$?
+  if ((code && code != 75 && code <= 128)); then echo "$code" >"$mark"; fi; exit $code' \
+  "$mark" "${command[@]}" "$@" --distributed || code=$?
+if [[ -e $mark ]]; then code=$(<"$mark"); fi
 if ((code == PREEMPTED || code > 128)); then
   if ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
     echo "launch: exit code $code; back into the queue" >&2

@@ -48,14 +48,24 @@ resource() {
 
 everywhere() { resource ssh "$NAME" --node=all --worker=all "--command=$1"; }
 
+# ACTIVE and so on; MISSING if there is none; UNKNOWN if Google cannot be asked, which is no reason to delete anything.
 state() {
+  local said
   if [[ -n $DRY_RUN ]]; then
     echo ACTIVE
+  elif said=$(gcloud compute tpus queued-resources describe "$NAME" "--zone=$ZONE" ${project[@]+"${project[@]}"} \
+    "--format=value(state.state)" 2>&1); then
+    echo "$said"
+  elif [[ $said == *NOT_FOUND* || $said == *"not found"* ]]; then
+    echo MISSING
   else
-    gcloud compute tpus queued-resources describe "$NAME" "--zone=$ZONE" ${project[@]+"${project[@]}"} \
-      "--format=value(state.state)" 2>/dev/null || echo MISSING
+    echo "launch: $said" >&2
+    echo UNKNOWN
   fi
 }
+
+# Whether the machines are gone for good.
+gone() { [[ $(state) =~ ^(MISSING|FAILED|SUSPENDED)$ ]]; }
 
 create() {
   local nodes=("--node-id=$NAME") spot=()
@@ -152,7 +162,7 @@ watch() {
         echo "error: the run ended with exit code ${found:-$PREEMPTED}; see launch/tpu_vm.sh logs" >&2
         return "${found:-$PREEMPTED}"
       fi
-    elif ((++failures >= 3)); then # not a hiccup of the network
+    elif gone && ((++failures >= 3)); then # three times in a row
       echo "launch: machines lost; asking for new ones" >&2
       delete || true
       create
@@ -176,7 +186,7 @@ case $verb in
   setup) setup ;;
   check) everywhere "cd ~/wkd_jax; . ~/venv/bin/activate; $(training --check "$@")" ;;
   run | resume)
-    if [[ $verb == resume && $(state) != ACTIVE ]]; then
+    if [[ $verb == resume ]] && gone; then
       delete || true
       create
       setup

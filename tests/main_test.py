@@ -309,7 +309,7 @@ def test_resuming_with_another_teacher_is_refused(finished, home):
     (directory / "interrelation.npz").unlink()
     done = call(home, ":wkd_l+wkd_f", "--workdir", "swapped")
     assert done.returncode == 1
-    assert "the teacher and the constants of this run changed since its last checkpoint" in done.stderr
+    assert "the teacher and the similarity of this run changed since it began" in done.stderr
 
 
 def test_two_processes_do_not_share_a_directory(home, tmp_path, capsys):

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,8 +79,10 @@ def _get_config(path: pathlib.Path, arguments: str) -> dict[str, Any]:
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
-def execute(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: pathlib.Path | None) -> pathlib.Path:
-    """Runs a resolved config, its teacher first, and writes the report.
+def chain(
+    config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: pathlib.Path | None
+) -> list[tuple[Mapping[str, Any], pathlib.Path, pathlib.Path | None]]:
+    """The runs that a resolved config asks for, those that make its teacher first.
 
     Args:
       config: Resolved.
@@ -87,16 +90,15 @@ def execute(config: Mapping[str, Any], directory: pathlib.Path, teacher_director
       teacher_directory: Where a teacher that has to be trained first lives; None: derived from its config.
 
     Returns:
-      The report's path.
+      (config, work directory, the teacher's run or None) of each.
     """
-    source, teacher = None, config["teacher"]
+    earlier, source, teacher = [], None, config["teacher"]
     if teacher and teacher["train"]:
         source = teacher_directory or config_lib.default_workdir(teacher["train"], str(directory.parent))
-        execute(teacher["train"], source, source / "teacher" if teacher_directory else None)
+        earlier = chain(teacher["train"], source, source / "teacher" if teacher_directory else None)
     elif teacher and teacher["run"]:
         source = pathlib.Path(teacher["run"])
-    loop.run(config, directory, source)
-    return pathlib.Path(processes.first(lambda: str(report.write(directory))))
+    return [*earlier, (config, directory, source)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,25 +125,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _exit(_run(args, overrides))
     except preemption.Preempted as stopped:
         return _exit(preemption.EXIT_CODE, f"preempted: {stopped}; the same command goes on")
-    except loop.ProcessLostError as error:
-        return _exit(preemption.EXIT_CODE, f"error: {error}")
-    except (ValueError, OSError, loop.TrainingError) as error:
-        if args.traceback:
-            raise
-        return _exit(1, f"error: {error}")
     except KeyboardInterrupt:
         return _exit(130, "interrupted: the same command continues from the last checkpoint")
+    except Exception as error:
+        known = isinstance(error, ValueError | OSError | loop.TrainingError)
+        if args.traceback or not known:
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+        code = preemption.EXIT_CODE if isinstance(error, loop.ProcessLostError) else 1
+        return _exit(code, f"error: {error}")
 
 
 def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_config(args.config, overrides)
     directory = pathlib.Path(args.workdir) if args.workdir else config_lib.default_workdir(config)
-    if args.check:
-        text = preflight.report(config, directory)
-        sys.stdout.write(text if jax.process_index() == 0 else "")
-        return 0
-    processes.everywhere(lambda: build.check(config))
-    path = execute(config, directory, directory / "teacher" if args.workdir else None)
+    runs = chain(config, directory, directory / "teacher" if args.workdir else None)
+    try:
+        if args.check:
+            for run in runs:
+                text = preflight.report(*run)
+                sys.stdout.write(text if jax.process_index() == 0 else "")
+            return 0
+        processes.everywhere(lambda: build.check(config))
+        for run in runs:
+            loop.run(*run)
+            path = processes.first(lambda run=run: str(report.write(run[1])))
+    except jax.errors.JaxRuntimeError as error:
+        raise loop.explained(error, config) from error
     if jax.process_index() == 0:
         result = workdir.read_json(directory / workdir.RESULT)
         numbers = [

@@ -180,12 +180,15 @@ def test_as_many_as_allowed_are_masked_named_and_counted(copy, workers, capfd):
         np.testing.assert_array_equal(batch.valid, ~np.isin(batch.index, (7, 30)))
         np.testing.assert_array_equal(batch.index, before.index)
         np.testing.assert_array_equal(batch.image[batch.valid], before.image[batch.valid])
-        assert not batch.image[~batch.valid].any()
+        assert np.all(batch.image[~batch.valid] == (124, 116, 104))  # normalises to 0
     said = capfd.readouterr().err
     assert said.count(bad[7].name) == 1 and "2 of at most 2" in said
+    data.note(dict(data.unreadable))  # what others met too is counted once
     spoil(sorted((copy / "val").glob("*/*.JPEG"))[0], "text")
     with pytest.raises(ValueError, match=r"3 image\(s\) cannot be read, data.max_bad_images=2"):
         list(data.evaluation("test", global_batch_size=8))
+    with pytest.raises(ValueError, match="elsewhere.jpg: it is empty"):
+        folder(copy, max_bad_images=0).note({"elsewhere.jpg": "it is empty"})
 
 
 def test_a_damaged_record_is_named(tmp_path):

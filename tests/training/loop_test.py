@@ -46,7 +46,7 @@ def test_the_step_and_the_term_are_named(watch, tmp_path, bad, last_good):
 def test_a_device_without_memory_is_explained_with_what_can_be_done():
     config = {"remat": False, "dtype": "float32", "accumulation": 1, "global_batch_size": 256}
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9000000000 bytes.\nmore lines")
-    text = str(loop._explained(error, config))
+    text = str(loop.explained(error, config))
     for words in (
         "9000000000 bytes",
         "remat=True",
@@ -57,5 +57,5 @@ def test_a_device_without_memory_is_explained_with_what_can_be_done():
     ):
         assert words in text, words
     assert "more lines" not in text
-    other = loop._explained(jax.errors.JaxRuntimeError("INTERNAL: fire"), config)
+    other = loop.explained(jax.errors.JaxRuntimeError("INTERNAL: fire"), config)
     assert str(other) == "the devices failed: INTERNAL: fire"

@@ -73,6 +73,18 @@ def test_the_metadata_server_is_believed(monkeypatch, key, value):
             assert wait_for(notice)
 
 
+def test_an_event_that_was_announced_before_the_run_began_does_not_stop_it_again(monkeypatch):
+    monkeypatch.setattr(preemption, "_INTERVAL", 0.02)
+    values = {"preempted": "FALSE", "maintenance-event": "MIGRATE_ON_HOST_MAINTENANCE"}
+    with metadata(values) as (address, _):
+        monkeypatch.setenv("GCE_METADATA_HOST", address)
+        with preemption.watch() as notice:
+            time.sleep(0.2)
+            assert not notice.received()
+            values["preempted"] = "TRUE"
+            assert wait_for(notice)
+
+
 def test_a_server_without_the_keys_or_none_at_all_is_no_reason_to_stop(monkeypatch):
     monkeypatch.setattr(preemption, "_INTERVAL", 0.02)
     for address in ("127.0.0.1:1", None):

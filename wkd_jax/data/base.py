@@ -29,7 +29,7 @@ class DataSet(Protocol):
       num_examples: Of the training split.
       labels: [num_examples] int32, of the training split in its own order. May be slow to get: ask when needed.
       fingerprint: Names the content: the same on every machine, another for other pixels, labels or order.
-      unreadable: Name and reason of every image that this process could not read so far, and therefore masked.
+      unreadable: Name and reason of every image that could not be read so far and was masked.
     """
 
     name: str
@@ -49,6 +49,13 @@ class DataSet(Protocol):
 
     @property
     def fingerprint(self) -> str: ...  # noqa: D102
+
+    def note(self, unreadable: Mapping[str, str]) -> None:
+        """Adds what other processes, or the run before it was resumed, could not read.
+
+        Raises:
+          ValueError: If there are now more such images than the config allows.
+        """
 
     def training(self, *, global_batch_size: int, seed: int, process_index: int = 0, process_count: int = 1) -> Input:
         """The endless training stream, this process's part of each global batch."""

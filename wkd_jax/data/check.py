@@ -54,6 +54,8 @@ def check(
     if folder.is_dir() and not (folder / "dataset_info.json").is_file():
         lines = _image_folder(folder, train_split, test_split, decode)
     else:
+        if folder.is_absolute() and not folder.is_dir():
+            raise ValueError(f"{folder}: there is no such folder")
         if folder.is_dir():
             source, data_dir = _by_name(folder)
         lines = _prepared(source, data_dir, image_key, label_key, decode)

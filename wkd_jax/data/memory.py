@@ -111,6 +111,9 @@ class MemoryDataSet:
         """[num_examples] int32, of the training split."""
         return self.train.labels
 
+    def note(self, unreadable: Mapping[str, str]) -> None:
+        """There is nothing to add: every image was read when the set was loaded."""
+
     def training(
         self, *, global_batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
     ) -> MemoryInput:

@@ -97,8 +97,8 @@ class Options:
       mean: Of the channels, 1 is the full range.
       std: Likewise.
       workers: Processes that decode; -1: one a CPU core that this process may use; 0: this process itself.
-      max_bad_images: So many images may be unreadable: they are named, and masked in their batch (`Batch.valid`). One
-        more stops the run. Counted by each process on its own.
+      max_bad_images: So many images may be unreadable: they are named, masked in their batch (`Batch.valid`), and of
+        the mean colour, so that BatchNorm sees zeros. One more stops the run.
 
     Raises:
       ValueError: If a value is out of range; names it.
@@ -150,7 +150,7 @@ class StreamedDataSet:
       train: Training split.
       test: The split that is evaluated.
       options: What becomes of an image.
-      unreadable: Name and reason of every image that this process could not read so far.
+      unreadable: Name and reason of every image that could not be read so far, by this process or as `note` was told.
     """
 
     name: str
@@ -223,7 +223,7 @@ class StreamedDataSet:
         """One pass over a split, resized and cropped at the centre, each example exactly once.
 
         Every process gets ceil(N / global_batch_size) batches; what is missing in the last one is padded with
-        `valid=False`, black images, label 0 and index 0. An image that cannot be read is masked alike.
+        `valid=False`, black images, label 0 and index 0. An image that cannot be read is masked too.
 
         Args:
           split: Which.
@@ -243,7 +243,7 @@ class StreamedDataSet:
             chosen.kept,
             _InOrder(rows, global_batch_size, share),
             functools.partial(_evaluation_pixels, self.options),
-            self.options.image_size,
+            self.options,
             -(-len(rows) // global_batch_size),
         )
         return self._read(batches, 0)
@@ -255,8 +255,7 @@ class StreamedDataSet:
         iterator = iter(_prefetched(data, workers))
         try:
             for made in iterator:
-                for name, reason in made.pop("problems"):
-                    self._count(name, reason)
+                self.note(dict(made.pop("problems")))
                 yield Batch(**made)
         except RuntimeError as error:  # Grain's word for a worker that was killed
             raise OSError(
@@ -267,23 +266,23 @@ class StreamedDataSet:
             with contextlib.suppress(AttributeError):  # what does not work in the background has nothing to close
                 iterator.close()
 
-    def _count(self, name: str, reason: str) -> None:
-        """Takes note of an image that could not be read.
+    def note(self, unreadable: Mapping[str, str]) -> None:
+        """Takes note of images that could not be read, by name, with the reason.
 
         Raises:
-          ValueError: If there are now more than the config allows.
+          ValueError: If there are now more than the config allows; names the last ones.
         """
-        if name in self.unreadable:
-            return
-        self.unreadable[name] = reason
+        new = {name: reason for name, reason in unreadable.items() if name not in self.unreadable}
+        self.unreadable.update(new)
         count, allowed = len(self.unreadable), self.options.max_bad_images
         if count > allowed:
-            listed = "; ".join(f"{n}: {why}" for n, why in list(self.unreadable.items())[-5:])
+            listed = "; ".join(f"{name}: {why}" for name, why in list(self.unreadable.items())[-5:])
             raise ValueError(
                 f"{self.name}: {count} image(s) cannot be read, data.max_bad_images={allowed} allowed: {listed}. "
                 "Restore the files, or allow more; what cannot be read is masked"
             )
-        sys.stderr.write(f"{name} cannot be read ({reason}) and is left out: {count} of at most {allowed}\n")
+        for name, reason in new.items():
+            sys.stderr.write(f"{name} cannot be read ({reason}) and is left out: {count} of at most {allowed}\n")
 
 
 class StreamedInput(Position):
@@ -317,7 +316,7 @@ class StreamedInput(Position):
             data.train.kept,
             _Shuffled(len(data.train), seed, global_batch_size, share),
             functools.partial(_training_pixels, data.options, seed),
-            data.options.image_size,
+            data.options,
             _ENDLESS,
         )
         self._iterator: Iterator[Batch] | None = None
@@ -394,7 +393,7 @@ class _Batches:
     kept: np.ndarray | None
     places: Callable[[int], _Places]
     pixels: Callable[[np.ndarray, int, int], np.ndarray]
-    image_size: int
+    options: Options
     length: int
 
     def __len__(self) -> int:
@@ -402,7 +401,8 @@ class _Batches:
 
     def __getitem__(self, number: Any) -> dict[str, Any]:
         index, epoch, valid = self.places(int(number))
-        image = np.zeros((len(index), self.image_size, self.image_size, 3), np.uint8)
+        size = self.options.image_size
+        image = np.zeros((len(index), size, size, 3), np.uint8)
         label = np.zeros(len(index), np.int32)
         wanted = np.flatnonzero(valid)
         rows = (index if self.kept is None else self.kept[index])[wanted].tolist()
@@ -414,9 +414,15 @@ class _Batches:
                 encoded, label[place] = found
                 image[place] = self.pixels(image_lib.decode(encoded), int(epoch[place]), int(index[place]))
             except (OSError, ValueError) as error:
-                valid[place], label[place] = False, 0
+                valid[place], label[place], image[place] = False, 0, mean_colour(self.options)
                 problems.append((self.records.name(row), str(error)))
         return {"image": image, "label": label, "index": index.astype(np.int32), "valid": valid, "problems": problems}
+
+
+def mean_colour(options: Options) -> tuple[int, int, int]:
+    """What normalises to zero, to the nearest grey level."""
+    red, green, blue = (round(255 * x) for x in options.mean)
+    return red, green, blue
 
 
 def _training_pixels(options: Options, seed: int, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
@@ -428,7 +434,7 @@ def _training_pixels(options: Options, seed: int, image: np.ndarray, epoch: int,
         interpolation=options.train_interpolation,
         flip=options.flip,
         rand_augment=options.rand_augment,
-        fill=tuple(round(255 * x) for x in options.mean),
+        fill=mean_colour(options),
     )
 
 

@@ -52,6 +52,10 @@ def unpack(data_dir: str | os.PathLike[str], archives: Sequence[str | os.PathLik
         folder = root / ("train" if path.name == "ILSVRC2012_img_train.tar" else "val")
         written = _unpack_one(path, folder)
         yield f"{folder}: {written:,} files written, out of {path.name}"
+    if not root.is_dir():
+        raise ValueError(
+            f"--data_dir={root}: there is no such folder; to make it, give ImageNet's archives with --from"
+        )
     moved = _sort(root / "val")
     if moved:
         yield f"{root / 'val'}: {moved:,} files moved into class folders"

@@ -45,7 +45,9 @@ def render(run: Run) -> str:
         classes=classes.section(run.evaluation) if run.evaluation else None,
         interrelation=classes.interrelation(run.interrelation) if run.interrelation else None,
         config=_sections(run.config),
-        machine=text.flat({key: result[key] for key in ("devices", "versions") if key in result}),
+        machine=text.flat(
+            {key: result[key] for key in ("devices", "processes", "unreadable_images", "versions") if key in result}
+        ),
     )
 
 

@@ -247,7 +247,8 @@ def run(
     initial, notes = _initial(config, data, learner.student)
     functional.update(learner.student, initial)
     program, *arrays = _assemble(config, data, teacher, learner)
-    state, frozen = jax.tree.map(jax.device_put, tuple(arrays), sharding.place(tuple(arrays), mesh, config["sharding"]))
+    placed = sharding.place(tuple(arrays), mesh, config["sharding"])
+    state, frozen = jax.tree.map(sharding.put, tuple(arrays), placed)
     return Run(program, state, frozen, mesh, program.task.num_classes, _count(state.params, teacher), tuple(notes))
 
 

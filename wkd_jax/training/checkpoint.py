@@ -8,18 +8,19 @@ which the next start removes. Reading compares every array with its fingerprint;
 
 from __future__ import annotations
 
+import json
 import math
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from wkd_jax.training import snapshot
+from wkd_jax.training import processes, sharding, snapshot
 from wkd_jax.training.snapshot import DamagedError, Spec
 
 _DELETING = ".deleting"
@@ -170,20 +171,23 @@ class Checkpoints:
 
     def _open(self) -> None:
         """Makes the directory, shows that it can be written, clears what a killed run left, and reads the records."""
+
+        def prepare() -> list[int]:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._directory):
+                pass
+            self._clear()
+            return _steps_on_disk(self._directory)
+
         try:
-            if jax.process_index() == 0:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self._directory):
-                    pass
-                self._clear()
+            steps = processes.first(prepare)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write checkpoints to {self._directory}: {error}. Make it writable, free space on its disk, "
                 "or choose another work directory"
             ) from error
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints: directory is ready")
-        for step in _steps_on_disk(self._directory):
+        for step in steps:  # as process 0 sees them: a file server shows others a new folder later
+            _wait_for(self._directory / str(step))
             header, problem = _attempt(snapshot.read_header, self._directory / str(step))
             if problem:
                 self._put_aside(step, problem)
@@ -213,7 +217,8 @@ class Checkpoints:
             if problem:
                 self._put_aside(step, problem)
                 continue
-            placed = [_place(arrays[name], leaf.sharding) for name, leaf in wanted.items()]
+            processes.agree(f"the content of checkpoint {step}", json.dumps(header.fingerprints, sort_keys=True))
+            placed = [sharding.put(arrays[name], leaf.sharding) for name, leaf in wanted.items()]
             return jax.tree.unflatten(jax.tree.structure(abstract_state), placed), header.record
         if not self._metrics and (damaged := sorted(self._directory.glob(f"*{_DAMAGED}*"))):
             raise CheckpointError(
@@ -237,8 +242,7 @@ class Checkpoints:
         self._metrics.pop(step)
         if jax.process_index() == 0:
             (self._directory / str(step)).rename(self._directory / f"{step}{_REPLACED}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoints: {step} has stepped aside")
+        processes.gather(f"{step} has stepped aside")
 
     def _prune(self) -> None:
         stay = {*sorted(self._metrics)[-self._keep :], *_ranked(self._metrics)[:1]}
@@ -305,15 +309,22 @@ def read(
 
 def _attempt(read_: Callable[..., Any], *inputs: Any) -> tuple[Any, str | None]:
     """(result, None), or (None, what is damaged). All processes come to one verdict, or they would part here."""
+    result, problem = None, ""
     try:
-        result, problem = read_(*inputs), None
+        result = read_(*inputs)
     except DamagedError as damage:
-        result, problem = None, str(damage)
-    if jax.process_count() > 1:
-        bad = np.flatnonzero(multihost_utils.process_allgather(np.bool_(problem is not None)))
-        if bad.size and not problem:
-            problem = f"process {bad[0]} could not read it"
-    return result, problem
+        problem = str(damage) or "it is damaged"
+    told = [(index, text) for index, text in enumerate(processes.gather(problem)) if text]
+    if told and not problem:
+        problem = f"process {told[0][0]} could not read it: {told[0][1]}"
+    return (None, problem) if problem else (result, None)
+
+
+def _wait_for(path: pathlib.Path, seconds: float = 60.0) -> None:
+    """Until a folder that is there is seen here too."""
+    end = time.monotonic() + seconds
+    while not path.is_dir() and time.monotonic() < end:
+        time.sleep(1)
 
 
 def _steps_on_disk(directory: pathlib.Path) -> list[int]:
@@ -356,8 +367,3 @@ def _check_fits(stored: dict[str, Spec], wanted: dict[str, Spec], path: pathlib.
 
 def _words(spec: Spec) -> str:
     return f"{spec.dtype} {list(spec.shape)}"
-
-
-def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    with jax.transfer_guard("allow"):
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import math
 import pathlib
 import platform
@@ -72,30 +73,27 @@ def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: p
       Preempted: If the run was told to stop, and what it had done is saved.
     """
     with workdir.claim(directory, config), preemption.watch() as notice:
-        if processes.first(lambda: workdir.finished(directory)):
-            return workdir.read_json(directory / workdir.RESULT)
         data, teacher = processes.everywhere(lambda: build.data_set(config["data"])), None
-        processes.agree("the data set", f"{data.num_examples} training images, content {data.fingerprint[:12]}")
+        content = processes.everywhere(lambda: data.fingerprint)
+        processes.agree("the data set", f"{data.num_examples} training images, content {content[:12]}")
+        if processes.first(lambda: workdir.finished(directory)):
+            result = processes.everywhere(lambda: workdir.read_json(directory / workdir.RESULT))
+            _same_run(result["identity"], {"data": content}, directory)
+            return result
         if config["teacher"]:
             teacher = teacher_lib.load(config, teacher_directory, data)
-        try:
-            built = build.run(
-                config,
-                data,
-                teacher.network if teacher else None,
-                lambda: teacher.similarity(config, data, directory, between_batches=notice.check),
-            )
-            identity = {
-                "data": data.fingerprint,
-                "teacher": teacher.fingerprint if teacher else None,
-                "constants": interrelation.hash_arrays(built.frozen.constants),
-            }
-            notes = [f"teacher: {note}" for note in (teacher.notes if teacher else ())]
-            notes += [f"student: {note}" for note in built.notes]
-            with jax.transfer_guard("disallow"):
-                outcome = _train(config, directory, data, built, identity, notes, notice)
-        except jax.errors.JaxRuntimeError as error:
-            raise _explained(error, config) from error
+        identity = {"data": content, "teacher": teacher.fingerprint if teacher else None, "similarity": None}
+
+        def similarity() -> np.ndarray:
+            found = teacher.similarity(config, data, directory, between_batches=notice.check)
+            identity["similarity"] = interrelation.hash_arrays({"similarity": found})
+            return found
+
+        built = build.run(config, data, teacher.network if teacher else None, similarity)
+        notes = [f"teacher: {note}" for note in (teacher.notes if teacher else ())]
+        notes += [f"student: {note}" for note in built.notes]
+        with jax.transfer_guard("disallow"):
+            outcome = _train(config, directory, data, built, identity, notes, notice)
         result = _result(config, data, built, teacher, outcome) | {"identity": identity}
         arrays = {name: value.tolist() for name, value in outcome.evaluation.items() if np.ndim(value)}
 
@@ -107,7 +105,7 @@ def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: p
         return result
 
 
-def _explained(error: jax.errors.JaxRuntimeError, config: Mapping[str, Any]) -> TrainingError:
+def explained(error: jax.errors.JaxRuntimeError, config: Mapping[str, Any]) -> TrainingError:
     """What a failure of the devices means for the person who started the run."""
     first_line = str(error).splitlines()[0][:300]
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
@@ -150,7 +148,14 @@ def _train(
     eval_steps = {clock.steps(epoch) for epoch in range(config["eval_every"], config["epochs"], config["eval_every"])}
     eval_steps.add(clock.total_steps)
     metric = program.task.METRIC
-    record: dict[str, Any] = {"step": 0, "evaluated": 0, "best": {}, "seconds": 0.0, "identity": identity}
+    record: dict[str, Any] = {
+        "step": 0,
+        "evaluated": 0,
+        "best": {},
+        "seconds": 0.0,
+        "unreadable": {},
+        "identity": identity,
+    }
     state, evaluation, started = built.state, None, time.monotonic()
 
     with contextlib.ExitStack() as stack:
@@ -163,6 +168,7 @@ def _train(
             record |= saved
             _same_run(record["identity"], identity, directory)
             inputs.set_state(record["input"])
+            data.note(record["unreadable"])
             notes.append(f"continuing from step {record['step']}")
         earlier = record["seconds"]
         writer = stack.enter_context(MetricWriter(directory, resume_step=record["step"]))
@@ -192,6 +198,7 @@ def _train(
         def save(step: int, *, replace: bool = False) -> None:
             nonlocal record
             writer.flush()
+            record["unreadable"] = _unreadable(data)
             seconds = earlier + time.monotonic() - started
             record |= {"step": step, "input": inputs.get_state(), "seconds": seconds}
             measured = evaluation[metric] if evaluation and record["evaluated"] == step else None
@@ -270,11 +277,11 @@ class Watch:
 
 
 def _same_run(saved: Mapping[str, Any], now: Mapping[str, Any], directory: pathlib.Path) -> None:
-    """Refuses to go on with another teacher, other data or another ground cost than the run began with."""
-    if changed := [name for name in now if saved[name] != now[name]]:
+    """Refuses to go on with another teacher, other data or other relations of classes than the run began with."""
+    if changed := [name for name in now if saved.get(name) != now[name]]:
         raise ValueError(
-            f"{directory}: the {' and the '.join(changed)} of this run changed since its last checkpoint: restore what "
-            "it began with, or start anew in another --workdir"
+            f"{directory}: the {' and the '.join(changed)} of this run changed since it began: restore what it began "
+            "with, or start anew in another --workdir"
         )
 
 
@@ -301,6 +308,17 @@ def _evaluate(
     return built.program.task.summarise(jax.device_get(parts))
 
 
+def _unreadable(data: DataSet) -> dict[str, str]:
+    """Name and reason of every image that any process could not read; all of them count them alike.
+
+    Raises:
+      ValueError: If there are more than the config allows.
+    """
+    for text in processes.gather(json.dumps(dict(data.unreadable))):
+        data.note(json.loads(text))
+    return dict(data.unreadable)
+
+
 def _scalars(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in evaluation.items() if np.ndim(value) == 0}
 
@@ -312,9 +330,6 @@ def _result(
     teacher: teacher_lib.Teacher | None,
     outcome: Outcome,
 ) -> dict[str, Any]:
-    unreadable = sorted(
-        {name for text in processes.gather("\n".join(data.unreadable)) for name in text.split("\n") if name}
-    )
     return {
         "name": config["name"],
         "methods": list(config["methods"]),
@@ -334,7 +349,7 @@ def _result(
         "teacher_parameters": built.parameters["teacher"],
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
-        "unreadable_images": unreadable,
+        "unreadable_images": sorted(_unreadable(data)),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "config": config.to_dict(),
     }

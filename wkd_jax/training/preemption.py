@@ -8,6 +8,7 @@ several processes JAX's coordination service agrees on one step at which all of 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -20,6 +21,7 @@ from jax.experimental import multihost_utils
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 _METADATA = "http://{}/computeMetadata/v1/instance/{}"
 _QUIET = {"preempted": "FALSE", "maintenance-event": "NONE"}  # metadata key -> its value while nothing is wrong
+_asked = itertools.count(1)  # of the whole process: JAX agrees on one number, and a command may do several runs
 _INTERVAL = 5.0  # seconds between questions to the metadata server
 
 
@@ -35,14 +37,12 @@ class Notice:
 
     def __init__(self) -> None:
         self._signalled = threading.Event()
-        self._asked = 0
 
     def received(self) -> bool:
         """Whether all processes are to stop here. False until then; after that always True."""
-        self._asked += 1
-        if jax.process_count() == 1:
+        if self._signalled.is_set() or jax.process_count() == 1:
             return self._signalled.is_set()
-        if not self._signalled.is_set() and multihost_utils.reached_preemption_sync_point(self._asked):
+        if multihost_utils.reached_preemption_sync_point(next(_asked)):
             self._signalled.set()
         return self._signalled.is_set()
 
@@ -84,16 +84,24 @@ def _on_cloud() -> str | None:
 
 
 def _ask(server: str, done: threading.Event) -> None:
-    """Sends this process SIGTERM once the metadata server says that the machine goes away."""
+    """Sends this process SIGTERM once the metadata server says that the machine goes away.
+
+    An event that is announced already when the run starts has stopped it before: it does not a second time.
+    """
+    first = True
+    known = dict(_QUIET)
     while not done.is_set():
-        for key, quiet in _QUIET.items():
+        for key in _QUIET:
             request = urllib.request.Request(_METADATA.format(server, key), headers={"Metadata-Flavor": "Google"})
             try:
                 with urllib.request.urlopen(request, timeout=5) as answer:
                     value = answer.read().decode().strip().upper()
             except OSError:  # no such key, or no server: the signal itself still comes
                 continue
-            if value not in ("", quiet):
+            if first and key == "maintenance-event":
+                known[key] = value
+            if value not in ("", _QUIET[key], known[key]):
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
+        first = False
         done.wait(_INTERVAL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -12,32 +13,39 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from wkd_jax.data.base import Input
 from wkd_jax.training import build, processes, workdir
 from wkd_jax.training import teacher as teacher_lib
 from wkd_jax.training.build import Plan
 from wkd_jax.training.progress import duration, number
 
 UTILISATION = 0.4  # assumed share of the speed of a large matrix product that a step reaches
-_BATCHES = 3  # read to measure the input, after one that starts the workers
+_SECONDS = 15.0  # that the input is measured for, after as long to start its workers
 
 
-def report(config: Mapping[str, Any], directory: pathlib.Path) -> str:
-    """What a run would be, for a person. Compiles the train step; trains nothing and writes nothing.
+def report(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: pathlib.Path | None) -> str:
+    """What a run would be, for a person. Compiles the train step; trains nothing, and writes to the user's cache alone.
 
     Args:
       config: Resolved.
       directory: The run's work directory.
+      teacher_directory: See `loop.run`. It need not hold a run yet.
 
     Raises:
       ValueError: For anything in the config that cannot work.
       OSError: If weights or data are not there.
     """
-    plan = processes.everywhere(lambda: _plan(config))
+    teacher = None
+    if config["teacher"] and config["teacher"]["run"]:
+        known = processes.everywhere(lambda: build.data_set(config["data"]))
+        teacher = teacher_lib.load(config, teacher_directory, known).network
+    plan = processes.everywhere(lambda: build.plan(config, teacher=teacher))
     data, clock = plan.data, plan.program.clock
     processes.agree("the data set", f"{data.num_examples} training images, content {data.fingerprint[:12]}")
     rate = _input_rate(config, plan)
     seconds, compiled = _compile(config, plan)
     memory, flops = compiled.memory_analysis(), compiled.cost_analysis()["flops"]
+    flops *= config["accumulation"]  # the compiler counts a loop's body once
     state, frozen = (_device_bytes(tree) for tree in (plan.state, plan.frozen))
     needed = (
         memory.argument_size_in_bytes
@@ -85,14 +93,6 @@ def report(config: Mapping[str, Any], directory: pathlib.Path) -> str:
     return "\n".join([*(f"{key:8} {value}" for key, value in lines.items()), *notes, "check passed"]) + "\n"
 
 
-def _plan(config: Mapping[str, Any]) -> Plan:
-    teacher = None
-    if config["teacher"] and config["teacher"]["run"]:
-        data = build.data_set(config["data"])
-        teacher = teacher_lib.load(config, pathlib.Path(config["teacher"]["run"]), data).network
-    return build.plan(config, teacher=teacher)
-
-
 def _compile(config: Mapping[str, Any], plan: Plan) -> tuple[float, Any]:
     """(seconds, the compiled train step)."""
     size, parts = config["global_batch_size"], config["accumulation"]
@@ -115,13 +115,18 @@ def _input_rate(config: Mapping[str, Any], plan: Plan) -> float:
         process_count=jax.process_count(),
     )
     try:
-        next(inputs)
-        started, images = time.monotonic(), 0
-        for _ in range(_BATCHES):
-            images += len(next(inputs).label)
-        return images / (time.monotonic() - started)
+        _draw(inputs)  # what workers make ahead while they start says nothing about their speed
+        return _draw(inputs)
     finally:
         inputs.close()
+
+
+def _draw(inputs: Input) -> float:
+    """Images a second, over several batches of every core and a few seconds, whichever is over first."""
+    started, images, batches = time.monotonic(), 0, 4 * len(os.sched_getaffinity(0))
+    while batches and time.monotonic() - started < _SECONDS:
+        images, batches = images + len(next(inputs).label), batches - 1
+    return images / (time.monotonic() - started)
 
 
 def _matrix_speed(dtype: str) -> float:

@@ -24,17 +24,27 @@ def make_mesh(config: Mapping[str, int], devices: Sequence[jax.Device] | None = 
       config: Devices along each axis; one of them may be -1, "all that are left".
       devices: Defaults to all devices of all processes.
 
+    Returns:
+      The mesh, processes in order along "data": rows of a global batch then lie as one process would have them.
+
     Raises:
-      ValueError: If the axes do not multiply to the number of devices.
+      ValueError: If the axes do not multiply to the number of devices, or devices along "model" are of several
+        processes, which load different images.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     shape = [config[axis] for axis in AXES]
     fixed = math.prod(size for size in shape if size > 0)
     if shape.count(-1) == 1 and len(devices) % fixed == 0:
         shape = [len(devices) // fixed if size == -1 else size for size in shape]
     if -1 in shape or math.prod(shape) != len(devices):
         raise ValueError(f"mesh.data={config['data']}, mesh.model={config['model']}: do not fit {len(devices)} devices")
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.asarray(devices).reshape(shape)
+    if any(len({device.process_index for device in row}) > 1 for row in grid):
+        raise ValueError(
+            f"mesh.model={config['model']}: must divide the {jax.local_device_count()} devices of a process, which "
+            "loads the images of its own devices alone"
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_batch(global_batch_size: int, accumulation: int, mesh: Mesh) -> None:
@@ -101,5 +111,21 @@ def microbatches(inputs: Input, accumulation: int, mesh: Mesh) -> Batch:
 
 
 def _global(batch: Batch, sharding: NamedSharding) -> Batch:
+    axis = len(sharding.spec) - 1  # the one that is cut
+
+    def one(x: np.ndarray) -> jax.Array:
+        shape = (*x.shape[:axis], x.shape[axis] * jax.process_count(), *x.shape[axis + 1 :])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
     with jax.transfer_guard_host_to_device("allow"):  # with several processes JAX takes this one for an accident
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+        return jax.tree.map(one, batch)
+
+
+def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Places an array that every process has in full; each fills its own devices.
+
+    `jax.device_put` would first compare the processes' copies, by way of all of them on every device.
+    """
+    host = np.asarray(jax.device_get(array))
+    with jax.transfer_guard_host_to_device("allow"):  # JAX takes what follows for an accident
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -208,12 +208,7 @@ def _placed(arrays: Params, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ..
     first = {next((n for n, rule in enumerate(rules) if re.search(rule[0], name)), None) for name in names}
     kept = [rule for n, rule in enumerate(rules) if n in first]
     shardings = sharding.place(Frozen({}, arrays), mesh, kept).teacher
-    host = {name: np.asarray(jax.device_get(array)) for name, array in arrays.items()}
-    with jax.transfer_guard_host_to_device("allow"):  # JAX takes what follows for an accident
-        return {
-            name: jax.make_array_from_callback(array.shape, shardings[name], lambda index, array=array: array[index])
-            for name, array in host.items()
-        }
+    return {name: sharding.put(array, shardings[name]) for name, array in arrays.items()}
 
 
 def _from_first(act: Callable[[], np.ndarray | None], shape: tuple[int, ...]) -> np.ndarray | None:
