@@ -7,6 +7,9 @@ import tempfile
 
 import jax
 
+# Programs of tests run once or twice: what the compiler would take to make them fast is not earned back.
+CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CHEAP}"
 # Nothing is read from, or left in, the cache of whoever runs the tests.
 os.environ["WKD_JAX_CACHE"] = tempfile.mkdtemp(prefix="wkd_jax_tests_")
 atexit.register(shutil.rmtree, os.environ["WKD_JAX_CACHE"], ignore_errors=True)

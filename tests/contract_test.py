@@ -14,8 +14,6 @@ from wkd_jax.training import build, sharding
 from wkd_jax.types import Batch, Normalisation
 
 CLASSES, BATCH = 5, 16
-# Of compilers' time, where a test runs a program once.
-CHEAP = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 METHODS = [*registry.entries("methods"), "wkd_l+wkd_f"]
 
 

@@ -52,8 +52,9 @@ class Launch:
         (folder / "plan.json").write_text(json.dumps(plan))
         settings = {"PROCESSES": "2", "SETTLE": "1", "LINGER": "1", "RESTARTS": "2"} | variables
         settings["COMMAND"] = f"{sys.executable} -S {folder / 'worker.py'} {folder}"
+        # A shell cannot trap what was ignored when it started, as SIGINT is in the background of a script.
         self.process = subprocess.Popen(
-            [LAUNCH / "local.sh", "--config", "a b"],
+            ["env", "--default-signal=INT", LAUNCH / "local.sh", "--config", "a b"],
             env=os.environ | settings,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
