@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from wkd_jax import main
-from wkd_jax.training import checkpoint, metrics, workdir
+from wkd_jax.training import checkpoint, metrics, preemption, workdir
 from wkd_jax.weights.__main__ import main as weights_main
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -416,3 +416,25 @@ def test_wrong_weights_are_said_before_anything_trains(exported, home, tmp_path,
     assert main.main(argv) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_told_to_stop_during_an_evaluation_it_evaluates_when_it_goes_on(home, tmp_path, monkeypatch, capsys):
+    """The state is saved at once, without its metric; the next start measures it and ends like an undisturbed run."""
+    arguments = ["--config", f"{home / 'config.py'}:", "--config.epochs=4", "--config.eval_every=2"]
+    assert main.main([*arguments, "--workdir", str(tmp_path / "whole")]) == 0
+    asked = []
+
+    def received(notice):
+        asked.append(None)
+        return len(asked) >= 25  # 20 steps of two epochs, then between batches of the evaluation
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption.Notice, "received", received)
+        assert main.main([*arguments, "--workdir", str(tmp_path / "stopped")]) == 75
+    assert "stopped after step 20 of 40, which is saved" in capsys.readouterr().err
+    assert not [line for line in metrics.read(tmp_path / "stopped" / "metrics.jsonl") if line["kind"] == "eval"]
+    assert main.main([*arguments, "--workdir", str(tmp_path / "stopped")]) == 0
+    same_result(tmp_path / "whole", tmp_path / "stopped")
+    for name in ("whole", "stopped"):
+        best = json.loads((tmp_path / name / "result.json").read_text())["best"]
+        assert checkpoint.read(tmp_path / name / workdir.CHECKPOINTS, which="best")[1]["step"] == best["step"]
