@@ -7,6 +7,7 @@ host-side NumPy: JAX sees nothing before a batch is put on the devices.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
 
@@ -101,6 +102,11 @@ class Input(Protocol):
 
     def close(self) -> None:
         """Stops what works in the background. The input is of no further use."""
+
+
+def cores() -> int:
+    """CPU cores that this process may use: all, or those that it is pinned to where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -26,6 +26,7 @@ import numpy as np
 from absl import flags
 
 from wkd_jax.data import image as image_lib
+from wkd_jax.data.base import cores
 from wkd_jax.data.order import Position, process_share, stream, training_subset
 from wkd_jax.data.randomness import Random
 from wkd_jax.types import Batch
@@ -251,7 +252,7 @@ class StreamedDataSet:
     def _read(self, batches: _Batches, start: int) -> Iterator[Batch]:
         """Batches from number `start` on, made in the workers."""
         data = grain.MapDataset.source(batches)[start:]
-        workers = len(os.sched_getaffinity(0)) if self.options.workers == -1 else self.options.workers
+        workers = cores() if self.options.workers == -1 else self.options.workers
         iterator = iter(_prefetched(data, workers))
         try:
             for made in iterator:

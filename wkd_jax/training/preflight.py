@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wkd_jax.data.base import Input
+from wkd_jax.data.base import Input, cores
 from wkd_jax.training import build, processes, workdir
 from wkd_jax.training import teacher as teacher_lib
 from wkd_jax.training.build import Plan
@@ -123,7 +122,7 @@ def _input_rate(config: Mapping[str, Any], plan: Plan) -> float:
 
 def _draw(inputs: Input) -> float:
     """Images a second, over several batches of every core and a few seconds, whichever is over first."""
-    started, images, batches = time.monotonic(), 0, 4 * len(os.sched_getaffinity(0))
+    started, images, batches = time.monotonic(), 0, 4 * cores()
     while batches and time.monotonic() - started < _SECONDS:
         images, batches = images + len(next(inputs).label), batches - 1
     return images / (time.monotonic() - started)
