@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import track
 
 from wkd_jax.data import image, labels, tfds
+from wkd_jax.data.batches import Records
 from wkd_jax.data.image_folder import image_folder
-from wkd_jax.data.stream import Records, Split
+from wkd_jax.data.stream import Split
 from wkd_jax.data.tfds_stream import tfds_stream
 
 _FIRST = 5  # images whose size is shown

@@ -11,7 +11,8 @@ from concurrent import futures
 
 import numpy as np
 
-from wkd_jax.data.stream import IMAGENET_MEAN, IMAGENET_STD, Options, Split, StreamedDataSet
+from wkd_jax.data.batches import IMAGENET_MEAN, IMAGENET_STD, Options
+from wkd_jax.data.stream import Split, StreamedDataSet
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 _READERS = 16  # files read side by side in each worker: a file server's latency is hidden, not waited for
@@ -47,7 +48,7 @@ def image_folder(
       test_split: Folder of the images that are evaluated.
       num_classes: How many classes there must be; 0: as many as there are.
       train_images: How many training images to keep, balanced over the classes (`order.training_subset`). 0: all.
-      image_size: See `wkd_jax.data.stream.Options`, as for all that follow.
+      image_size: See `wkd_jax.data.batches.Options`, as for all that follow.
       resize: Likewise.
       interpolation: Likewise.
       train_interpolation: Likewise.

@@ -11,7 +11,8 @@ from typing import Any
 
 from wkd_jax.data import labels as label_index
 from wkd_jax.data import tfds
-from wkd_jax.data.stream import IMAGENET_MEAN, IMAGENET_STD, Options, Split, StreamedDataSet
+from wkd_jax.data.batches import IMAGENET_MEAN, IMAGENET_STD, Options
+from wkd_jax.data.stream import Split, StreamedDataSet
 
 
 def tfds_stream(
@@ -47,7 +48,7 @@ def tfds_stream(
       label_key: Feature that holds the class label.
       num_classes: How many classes there must be; 0: as many as there are.
       train_images: How many training images to keep, balanced over the classes (`order.training_subset`). 0: all.
-      image_size: See `wkd_jax.data.stream.Options`, as for all that follow.
+      image_size: See `wkd_jax.data.batches.Options`, as for all that follow.
       resize: Likewise.
       interpolation: Likewise.
       train_interpolation: Likewise.
