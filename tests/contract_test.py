@@ -76,7 +76,11 @@ def steps(built: build.Run, count: int, *, same_batch: bool = False):
     return state, metrics, step._cache_size()
 
 
-@pytest.mark.parametrize("method", METHODS)
+# The sum holds both of its parts, which are slow to compile twice more.
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in ("wkd_l", "wkd_f") else []) for name in METHODS],
+)
 def test_eight_devices_equal_one(method):
     one, one_metrics, _ = steps(make(method, 1), 2)
     eight, eight_metrics, compilations = steps(make(method, 8), 2)
@@ -98,7 +102,7 @@ def test_eight_devices_equal_one(method):
     "student",
     [
         {"name": "vit_tiny_patch16_224", "image_size": (16, 16), "dropout_rate": 0.1},
-        {"name": "swin_pico_patch4_window7_224", "drop_path_rate": 0.3},
+        pytest.param({"name": "swin_pico_patch4_window7_224", "drop_path_rate": 0.3}, marks=pytest.mark.slow),
     ],
     ids=lambda student: student["name"],
 )

@@ -21,7 +21,7 @@ def test_outputs_in_float64():
     harness.check_outputs("resnet50", net, TAPS, sizes=[(37, 70)], dtype="float64", atol=1e-9, num_classes=7)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_training(name):
     harness.check_training(name, getattr(torchvision.models, name)(num_classes=7), size=(64, 48), num_classes=7)
 

@@ -93,7 +93,7 @@ def _everything(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_the_contract_carries_the_hard_cases(everything, devices):
     sharded = [("methods/everything/bank$", ("data",))] if devices > 1 else []
     built = contract.make("everything", devices, sharding=sharded)

@@ -97,7 +97,7 @@ def test_orbax(tmp_path):
     [
         ("resnet8", (16, 24), {}),
         ("vit_tiny_patch16_224", (32, 16), {"image_size": (32, 16)}),
-        ("swin_pico_patch4_window7_224", (32, 36), {}),
+        pytest.param("swin_pico_patch4_window7_224", (32, 36), {}, marks=pytest.mark.slow),
     ],
 )
 def test_serving(tmp_path, name, size, settings):
