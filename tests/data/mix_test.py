@@ -16,9 +16,6 @@ from wkd_jax.types import Batch
 
 BATCH, SIZE, CLASSES = 16, (12, 9), 5
 BOTH = {"num_classes": CLASSES, "mixup": 0.8, "cutmix": 1.0}
-# Most of the time of these tests is XLA's, for the random bits.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -49,7 +46,7 @@ def _mixed(images, labels, valid, share, box):
 @pytest.fixture(scope="module")
 def draws():
     """4096 groups of each setting, by (mixup, cutmix, probability)."""
-    draw = jit(
+    draw = jax.jit(
         lambda key, **settings: mix.draw_mix(jnp.arange(4096), key, SIZE, **settings),
         static_argnames=("mixup", "cutmix"),
     )
@@ -72,8 +69,8 @@ def test_mixes_as_defined(group_size):
     batch.image[[1, 4]] = 0
     size, key = group_size or BATCH, jax.random.key(1)
     settings = {"mixup": 0.8, "cutmix": 1.0, "probability": 1.0, "cutmix_share": 0.5}
-    drawn = jit(lambda index: mix.draw_mix(index, key, SIZE, **settings))(batch.index[::size])
-    mixed = jit(functools.partial(mix.mix, group_size=group_size, **BOTH))(batch, key)
+    drawn = jax.jit(lambda index: mix.draw_mix(index, key, SIZE, **settings))(batch.index[::size])
+    mixed = jax.jit(functools.partial(mix.mix, group_size=group_size, **BOTH))(batch, key)
     assert mixed.image.dtype == jnp.uint8 and mixed.label.dtype == jnp.float32
     expected, soft = _mixed(batch.image, batch.label, batch.valid, *map(np.asarray, drawn))
     np.testing.assert_array_equal(mixed.image, expected)
@@ -89,7 +86,7 @@ def test_mixes_as_defined(group_size):
 
 def test_microbatches_are_mixed_as_the_whole_batch_is():
     batch, key = _batch(), jax.random.key(1)
-    run = jit(functools.partial(mix.mix, group_size=4, **BOTH))
+    run = jax.jit(functools.partial(mix.mix, group_size=4, **BOTH))
     whole = run(batch, key)
     assert len(np.unique(np.asarray(whole.label))) >= 6  # groups differ
     for part in (slice(0, 8), slice(8, 16)):
@@ -101,7 +98,7 @@ def test_mixup_is_exact_for_every_pair_of_values():
     """So it cannot depend on how a compiler fuses and rounds."""
     left, right = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
     images = np.stack([left, right])[..., None]
-    apply = jit(functools.partial(mix.apply_mix, num_classes=2))
+    apply = jax.jit(functools.partial(mix.apply_mix, num_classes=2))
     for part in (0, 1, 21845, 32768, 65535, 65536):
         share, box = np.float32([part / 65536]), np.zeros((1, 4), np.int32)
         mixed, _ = apply(images, np.arange(2), np.ones(2, bool), share, box)
@@ -114,7 +111,7 @@ def test_mixup_is_exact_for_every_pair_of_values():
 def test_lam_is_beta_distributed(alpha):
     count = 20_000
     radius, angle = jax.random.uniform(jax.random.key(3), (2, count))
-    lam = np.asarray(jit(mix.symmetric_beta)(radius, angle, jnp.full(count, alpha)))
+    lam = np.asarray(jax.jit(mix.symmetric_beta)(radius, angle, jnp.full(count, alpha)))
     assert lam.min() >= 0 and lam.max() <= 1
     edges = np.linspace(0, 1, 11)  # of wide bins: with alpha 0.1 a tenth of the mass rounds to 1
     observed = np.histogram(lam, edges)[0]
@@ -125,7 +122,7 @@ def test_lam_is_beta_distributed(alpha):
 
 def test_symmetric_beta_at_its_ends():
     radius, angle = jnp.array([0.0, 0.0, 0.0, 1 - 2.0**-24, 1e-30]), jnp.array([0.0, 0.25, 0.5, 0.1, 0.25])
-    beta = jit(mix.symmetric_beta)
+    beta = jax.jit(mix.symmetric_beta)
     for alpha in (0.01, 1.0, 1000.0):
         lam = np.asarray(beta(radius, angle, jnp.full(5, alpha)))
         assert np.all((lam >= 0) & (lam <= 1)), (alpha, lam)
@@ -176,7 +173,7 @@ def test_cut_box_equals_float64(size):
         cut = [int(side * math.sqrt(1 - share)) for side in size]
         low = [max(c - n // 2, 0) for c, n in zip(centre, cut, strict=True)]
         expected.append(low + [min(c - n // 2 + n, side) for c, n, side in zip(centre, cut, size, strict=True)])
-    box = jit(mix.cut_box, static_argnums=3)(lam.astype(np.float32), row, column, size)
+    box = jax.jit(mix.cut_box, static_argnums=3)(lam.astype(np.float32), row, column, size)
     assert box.dtype == jnp.int32
     np.testing.assert_array_equal(box, expected)
 
@@ -191,9 +188,9 @@ def test_mixing_on_eight_devices_equals_one(group_size):
     """Groups within devices stay there; images of wider ones go to their partner's device alone."""
     batch, key, rows = _batch(32), jax.random.key(1), _rows()
     run = functools.partial(mix.mix, group_size=group_size, **BOTH)
-    alone = jit(run)(batch, key)
+    alone = jax.jit(run)(batch, key)
     placed = jax.device_put(batch, rows)
-    compiled = jit(run, out_shardings=rows).lower(placed, key).compile()
+    compiled = jax.jit(run, out_shardings=rows).lower(placed, key).compile()
     jax.tree.map(np.testing.assert_array_equal, compiled(placed, key), alone)
     moved = re.findall(rf"= (\w+)\[([\d,]*)\]\S* ({'|'.join(COLLECTIVES)})", compiled.as_text())
     images = {(dtype, op) for dtype, shape, op in moved if shape.endswith("12,9,3")}
@@ -222,7 +219,7 @@ def _erased(numbers, size, probability):
 @pytest.mark.parametrize(("size", "probability"), [((32, 32), 1.0), ((6, 60), 0.5), ((2, 2), 1.0)])
 def test_erased_box_equals_float64(size, probability):
     numbers = np.random.default_rng(4).random((300, mix.ERASE_NUMBERS)).astype(np.float32)
-    boxes = jit(jax.vmap(lambda one: mix.erase_box(one, size, probability=probability)))(numbers)
+    boxes = jax.jit(jax.vmap(lambda one: mix.erase_box(one, size, probability=probability)))(numbers)
     assert boxes.dtype == jnp.int32
     np.testing.assert_array_equal(boxes, [_erased(one, size, probability) for one in numbers])
     if size == (6, 60):  # even of ten tries none may fit into a narrow image
@@ -230,7 +227,7 @@ def test_erased_box_equals_float64(size, probability):
         assert 0 < nothing.sum() < 100
 
 
-@jit
+@jax.jit
 def _draw(index, key, probability):
     return mix.draw_erase(index, key, (224, 224), probability=probability)
 
@@ -270,7 +267,7 @@ def test_erased_pixels_are_normal_noise_and_the_rest_is_untouched():
     images = np.random.default_rng(6).normal(5, 1, (4, 40, 30, 3)).astype(np.float32)
     box = jnp.array([[0, 0, 39, 29], [3, 4, 5, 30], [0, 0, 0, 0], [10, 10, 40, 11]])
     keys = jax.random.split(jax.random.key(2), 4)
-    erase = jit(mix.erase)
+    erase = jax.jit(mix.erase)
     out = np.asarray(erase(images, box, keys))
     inside = np.zeros(images.shape, bool)
     for i, (top, left, bottom, right) in enumerate(box):

@@ -36,7 +36,6 @@ PARAMETERS = {  # for 100 classes
     "vgg16": 14_774_436,
     "vgg19": 20_086_692,
 }
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def build(name, num_classes=7, **settings):
@@ -48,7 +47,7 @@ def images(*shape, seed=0):
 
 
 def compiled(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile(compiler_options=FAST_COMPILE)(*arguments)
+    return jax.jit(function)(*arguments)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

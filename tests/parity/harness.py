@@ -16,9 +16,6 @@ from wkd_jax.models import functional
 from wkd_jax.weights import keys
 from wkd_jax.weights.state import BUFFERS
 
-# Most of the time of these tests is XLA's, and none of it is spent on running the program.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 def randomise(net, seed=0):
     """Gives every parameter and running statistic of a torch network a random value that is not a special one."""
@@ -194,7 +191,7 @@ def _style(model, style):
 
 
 def _compiled(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile(compiler_options=FAST_COMPILE)(*arguments)
+    return jax.jit(function)(*arguments)
 
 
 def _run_torch(net, image, taps, channels_last):

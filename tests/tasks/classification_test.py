@@ -1,7 +1,6 @@
 """The classification task's training inputs: what is drawn once, in which order, and what stays off."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,6 @@ from wkd_jax.types import Batch, Context, Normalisation, Outputs, Term, TrainSta
 BATCH, CLASSES = 16, 5
 STUDENT = Normalisation((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 TEACHER = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)  # most of the time here is XLA's
 EVERYTHING = {"pad": 2, "flip": True, "mixup": 0.8, "cutmix": 1.0, "mix_group_size": 2, "erase": 0.5}
 
 
@@ -75,12 +72,12 @@ def _everything(batch, key):
 def everything():
     """(batch, key, what `_everything` makes of it on one device); an image could not be read."""
     batch, key = dataclasses.replace(_batch(), valid=jnp.arange(BATCH) != 2), jax.random.key(3)
-    return batch, key, jit(_everything)(batch, key)
+    return batch, key, jax.jit(_everything)(batch, key)
 
 
 def test_order_is_crop_mix_normalise_erase(everything):
     batch, key, (augmented, *outputs) = everything
-    cropped = jit(_task(pad=2, flip=True).augment)(batch, key)
+    cropped = jax.jit(_task(pad=2, flip=True).augment)(batch, key)
     assert augmented.image.dtype == jnp.uint8 and augmented.label.shape == (BATCH, CLASSES)
 
     # Crop and flip come first and do not change when the rest is on: the images that are not mixed show it.
@@ -118,14 +115,14 @@ def test_order_is_crop_mix_normalise_erase(everything):
 
 def test_probability_zero_gives_soft_labels_of_unmixed_images():
     batch = _batch()
-    augmented = jit(_task(mixup=0.8, mix_probability=0.0).augment)(batch, jax.random.key(0))
+    augmented = jax.jit(_task(mixup=0.8, mix_probability=0.0).augment)(batch, jax.random.key(0))
     np.testing.assert_array_equal(augmented.image, batch.image)
     np.testing.assert_array_equal(augmented.label, np.eye(CLASSES)[np.asarray(batch.label)])
 
 
 def test_smoothing_mixed_labels_equals_mixing_smoothed_labels():
     task = _task(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
-    batch = jit(task.augment)(_batch(), jax.random.key(2))
+    batch = jax.jit(task.augment)(_batch(), jax.random.key(2))
     logits = np.random.default_rng(0).normal(size=(BATCH, CLASSES))
     student = Outputs(jnp.asarray(logits, jnp.float32))
     labels = task.labels(batch, student)
@@ -147,7 +144,7 @@ def test_eight_devices_equal_one_without_communication(everything):
     mesh = sharding.make_mesh({"data": -1, "model": 1})
     rows = jax.NamedSharding(mesh, jax.P("data"))
     placed = sharding.global_batch(jax.tree.map(np.asarray, batch), mesh)
-    compiled = jit(_everything, out_shardings=rows).lower(placed, key).compile()
+    compiled = jax.jit(_everything, out_shardings=rows).lower(placed, key).compile()
     (augmented, *outputs), (expected, *expected_outputs) = compiled(placed, key), alone
     for found, wanted in zip(
         (augmented.image, augmented.label, *outputs), (expected.image, expected.label, *expected_outputs), strict=True
@@ -197,7 +194,7 @@ def _step(devices, accumulation):
     batch = jax.tree.map(np.asarray, _batch())
     parts = [jax.tree.map(lambda leaf, i=i: np.split(leaf, accumulation)[i], batch) for i in range(accumulation)]
     placed = sharding.microbatches(iter(parts), accumulation, mesh)
-    return jax.device_get(jit(program.train_step)(state, frozen, placed))
+    return jax.device_get(jax.jit(program.train_step)(state, frozen, placed))
 
 
 def test_a_distillation_step_is_the_same_however_it_is_cut():

@@ -164,11 +164,6 @@ class Checkpoints:
         self.wait()
         return self._restore(sorted(self._metrics, reverse=True), abstract_state)
 
-    def restore_best(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Like `restore_latest`, by metric. None if no checkpoint has one."""
-        self.wait()
-        return self._restore(_ranked(self._metrics), abstract_state)
-
     def _open(self) -> None:
         """Makes the directory, shows that it can be written, clears what a killed run left, and reads the records."""
 
