@@ -250,6 +250,11 @@ def _updates(spec: _Spec, a: Array, b: Array, kernel: Array) -> Callable[[Array,
     return update
 
 
+def _unroll(length: int) -> int:
+    """Updates that are compiled as straight code: half the kernels of a loop, and none waits for a counter."""
+    return max(1, min(length, 16))
+
+
 def _solve(
     spec: _Spec, a: Array, b: Array, kernel: Array, start: Array, *, keep: bool = False
 ) -> tuple[_Scaling, tuple[Array, Array] | None]:
@@ -264,7 +269,7 @@ def _solve(
             u, v = update(*carry)
             return (u, v), (u[1], v[1]) if keep else None
 
-        (u, v), ratios = lax.scan(body, (u, v), length=spec.num_iters)
+        (u, v), ratios = lax.scan(body, (u, v), length=spec.num_iters, unroll=_unroll(spec.num_iters))
         return _Scaling(u[0], v[0]), ratios
 
     def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
@@ -316,7 +321,9 @@ def _unrolled_backward(spec: _Spec, saved: _Saved, g: Array) -> _Cotangents:
 
     u_last, v_last = a * p[-1], b * q[-1]
     a_bar, b_bar, row_bar, column_bar = pull(g * lifted, _times(g * u_last, weighted, axis=0), p[-1], q[-1])
-    (a_bar, b_bar, _), (rows, columns) = lax.scan(body, (a_bar, b_bar, column_bar), (p[:-1], q[:-1]), reverse=True)
+    (a_bar, b_bar, _), (rows, columns) = lax.scan(
+        body, (a_bar, b_bar, column_bar), (p[:-1], q[:-1]), reverse=True, unroll=_unroll(spec.num_iters - 1)
+    )
     rows, columns = jnp.concatenate([rows, row_bar[None]]), jnp.concatenate([columns, column_bar[None]])
     u_before = jnp.concatenate([start[None], a * p[:-1]])
     kernel_bar = _outer(rows, b * q) + _outer(u_before, columns)

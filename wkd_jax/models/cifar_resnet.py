@@ -15,7 +15,7 @@ from flax import nnx
 
 from wkd_jax import registry
 from wkd_jax.models.base import KeyStyle, Staged, factories
-from wkd_jax.models.layers import BatchNorm, Conv, Linear, he_fan_out, mean_over_positions
+from wkd_jax.models.layers import BatchNorm, Conv, Linear, conv_norm, he_fan_out, mean_over_positions
 from wkd_jax.models.resnet import BasicBlock, stage
 from wkd_jax.types import Array, ModelInfo, Tap
 
@@ -116,7 +116,7 @@ class CifarResNet(Staged):
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
         del rngs
         if name == "stem":
-            return nnx.relu(self.bn1(self.conv1(x), train=train))
+            return conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
         for block in {"stage1": self.layer1, "stage2": self.layer2, "stage3": self.layer3}[name]:
             x = block(x, train=train)
         return x

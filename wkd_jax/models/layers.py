@@ -5,6 +5,8 @@ Parameters are always float32; `dtype` is what a layer computes in. Layout is NH
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import numbers
 from collections.abc import Sequence
@@ -91,6 +93,29 @@ class Conv(nnx.Conv):
             dtype=dtype,
             param_dtype=jnp.float32,
             rngs=rngs,
+        )
+
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+        """Convolves [B, H, W, in_features]."""
+        y = self._convolve(x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def scaled(self, x: Array, factor: Array, offset: Array) -> Array:
+        """`factor * conv(x) + offset`, both [out_features]: the factor goes into the kernel, which is far smaller."""
+        if self.bias is not None:
+            offset = offset + factor * self.bias[...]
+        y = self._convolve(x, self.kernel[...] * factor)
+        return y + offset.astype(y.dtype)
+
+    def _convolve(self, x: Array, kernel: Array) -> Array:
+        dtype = self.dtype
+        return jax.lax.conv_general_dilated(
+            x.astype(dtype),
+            kernel.astype(dtype),
+            self.strides,
+            self.padding,
+            feature_group_count=self.feature_group_count,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
 
@@ -191,7 +216,9 @@ class BatchNorm(nnx.Module):
     Training: y = (x - mean) / sqrt(var + eps) * scale + bias with the batch's mean and biased variance, and
     running = momentum * running + (1 - momentum) * batch, where the variance kept is the unbiased one, as in torch
     (Flax keeps the biased one). Evaluation: the running statistics take the batch's place. Statistics and parameters
-    are float32 whatever the activations are.
+    are float32 whatever the activations are. The variance is taken around the running mean, in the same pass as the
+    mean: its relative error is about (mean - running mean)^2 / variance roundings, so it matters only in the first
+    steps, and only of channels that vary by less than a thousandth of their mean.
 
     Under `jax.jit` a batch cut over devices is one array, so `group_size=None` is what others call synchronised
     BatchNorm. With a group size the batch is cut into groups of that many consecutive examples, each normalised by
@@ -228,42 +255,27 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(num_features, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(num_features, jnp.float32))
 
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        """Normalises [B, ..., C]. `train` uses, and updates the running statistics with, those of the batch."""
-        y = widen(x)
-        if train:
-            y, mean, var = self._batch_statistics(y)
-        else:
-            mean, var = self.mean[...], self.var[...]
-        y = (y - mean) * (self.scale[...] * jax.lax.rsqrt(var + self.eps)) + self.bias[...]
-        return y.reshape(x.shape).astype(x.dtype)
+    def __call__(self, x: Array, *, train: bool, relu: bool = False) -> Array:
+        """Normalises [B, ..., C], and applies a ReLU where asked for.
 
-    def _batch_statistics(self, x: Array) -> tuple[Array, Array, Array]:
-        """Groups and shifts `x`; updates the running statistics.
-
-        Mean and mean square are taken together, which reads the activations once less than the variance around a known
-        mean. That cancels digits where the mean is far from 0, so a shift k near the mean comes off first: the mean at
-        the middle position, 1/P of the activations to read (P positions). var >= (mean - k)^2 / P, so the relative
-        error is a few times P roundings at worst, wherever the mean lies. The result does not depend on k, which
-        therefore counts as a constant.
-
-        Returns:
-          (x - k [G, B/G, ..., C], its mean, its biased variance, both [G, 1, ..., C]).
+        `train` uses, and updates the running statistics with, those of the batch.
         """
-        x = x.reshape(self._num_groups(x.shape), -1, *x.shape[1:])
-        axes = tuple(range(1, x.ndim - 1))
-        middle = x[:, :, *(slice(size // 2, size // 2 + 1) for size in x.shape[2:-1])]
-        shift = jax.lax.stop_gradient(jnp.mean(middle, axes, keepdims=True))
-        x = x - shift
-        mean = jnp.mean(x, axes, keepdims=True)
-        # Rounding alone can take the variance of a constant channel below 0.
-        var = jnp.maximum(jnp.mean(jnp.square(x), axes, keepdims=True) - jnp.square(mean), 0)
+        if not train:
+            factor, offset = self.affine()
+            y = (widen(x) * factor + offset).astype(x.dtype)
+            return nnx.relu(y) if relu else y
+        grouped = x.reshape(self._num_groups(x.shape), -1, *x.shape[1:])
+        shift = jax.lax.stop_gradient(self.mean[...])
+        y, mean, var = _normalise(self.eps, relu, grouped, shift, self.scale[...], self.bias[...])
+        count = math.prod(grouped.shape[1:-1])
+        self._update(self.mean, jnp.mean(mean, 0))
+        self._update(self.var, jnp.mean(var, 0) * (count / (count - 1)))
+        return y.reshape(x.shape)
 
-        count = math.prod(x.shape[1:-1])
-        groups = (0, *axes)
-        self._update(self.mean, jnp.mean(shift + mean, groups))
-        self._update(self.var, jnp.mean(var, groups) * (count / (count - 1)))
-        return x, mean, var
+    def affine(self) -> tuple[Array, Array]:
+        """(factor, offset) [C] of evaluation, which is y = factor * x + offset."""
+        factor = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.eps)
+        return factor, self.bias[...] - self.mean[...] * factor
 
     def _update(self, running: nnx.BatchStat, batch: Array) -> None:
         running.set_value(self.momentum * running[...] + (1 - self.momentum) * batch)
@@ -281,6 +293,92 @@ class BatchNorm(nnx.Module):
                 "example a group, or on larger images"
             )
         return shape[0] // size
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalise(eps: float, relu: bool, x: Array, shift: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """Normalises groups by their own statistics.
+
+    Mean and mean square are taken together, which reads the activations once, and around a `shift` near the mean, since
+    the difference of the two loses digits where the mean is large: the variance has a relative error of about
+    (mean - shift)^2 / variance roundings. The result does not depend on the shift, which counts as a constant.
+
+    The derivative is written out, so that it too reads the activations (in their own dtype, nothing wider is kept) and
+    their cotangents once for two sums and once more for the result. Differentiated by JAX it is three sums, in passes
+    of their own.
+
+    Args:
+      eps: Added to the variance.
+      relu: Whether a ReLU follows; its derivative is then part of the same passes.
+      x: [G, B/G, ..., C].
+      shift: [C].
+      scale: [C].
+      bias: [C].
+
+    Returns:
+      (x normalised, its mean, its biased variance, both [G, C] and without derivative).
+    """
+    return _normalise_forward(eps, relu, x, shift, scale, bias)[0]
+
+
+def _normalise_forward(
+    eps: float, relu: bool, x: Array, shift: Array, scale: Array, bias: Array
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+    axes = tuple(range(1, x.ndim - 1))
+    shifted = widen(x) - shift
+    mean = jnp.mean(shifted, axes, keepdims=True)
+    # Rounding alone can take the variance of a constant channel below 0.
+    var = jnp.maximum(jnp.mean(jnp.square(shifted), axes, keepdims=True) - jnp.square(mean), 0)
+    inverse = jax.lax.rsqrt(var + eps)
+    y = (shifted - mean) * inverse * scale + bias
+    y = jnp.maximum(y, 0) if relu else y
+    statistics = shift + jnp.squeeze(mean, axes), jnp.squeeze(var, axes)
+    return (y.astype(x.dtype), *statistics), (x, shift, scale, bias, mean, inverse)
+
+
+def _normalise_backward(
+    eps: float, relu: bool, saved: tuple[Array, ...], bars: tuple[Array, Array, Array]
+) -> tuple[Array, ...]:
+    """dx = scale / std * (dy - mean(dy) - z * mean(dy * z)), with z the normalised x before scale and bias."""
+    del eps
+    x, shift, scale, bias, mean, inverse = saved
+    axes = tuple(range(1, x.ndim - 1))
+
+    def operands(inverse: Array) -> tuple[Array, Array]:
+        z = (widen(x) - shift - mean) * inverse
+        y_bar = widen(bars[0])
+        return z, jnp.where(z * scale + bias > 0, y_bar, 0) if relu else y_bar
+
+    z, y_bar = operands(inverse)
+    bias_bar = jnp.sum(y_bar, axes, keepdims=True)
+    scale_bar = jnp.sum(y_bar * z, axes, keepdims=True)
+    # Made a second time: a compiler that sees the same values used twice writes them to memory, the whole map of them.
+    z, y_bar = operands(jax.lax.optimization_barrier(inverse))
+    x_bar = (inverse * scale) * (y_bar - (bias_bar + z * scale_bar) / math.prod(x.shape[1:-1]))
+    groups = (0, *axes)
+    sums = (jnp.sum(bar, groups).astype(scale.dtype) for bar in (scale_bar, bias_bar))
+    return x_bar.astype(x.dtype), jnp.zeros_like(shift), *sums
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def conv_norm(x: Array, conv: Conv, norm: BatchNorm, *, train: bool, relu: bool = False) -> Array:
+    """norm(conv(x)), and a ReLU where asked for.
+
+    Evaluation multiplies the kernel instead of the activations by what the normalisation would, and adds the rest like
+    a bias, in the compute dtype: with bfloat16 that rounds once less a value and once more a channel. Compilers make
+    one kernel of convolution, bias, a sum and a ReLU; the normalisation would be another pass over the activations.
+
+    Example:
+      >>> conv, norm = Conv(3, 8, 3, padding=1, use_bias=False, rngs=nnx.Rngs(0)), BatchNorm(8)
+      >>> conv_norm(jnp.ones((1, 5, 5, 3)), conv, norm, train=False, relu=True).shape
+      (1, 5, 5, 8)
+    """
+    if train:
+        return norm(conv(x), train=True, relu=relu)
+    y = conv.scaled(x, *norm.affine())
+    return nnx.relu(y) if relu else y
 
 
 class ConvNorms(nnx.Dict):
@@ -305,11 +403,11 @@ class ConvNorms(nnx.Dict):
 
     def __call__(self, x: Array, *, train: bool, last_relu: bool = True) -> Array:
         """Maps [B, H, W, D]; without `last_relu` the result is that of the last BatchNorm."""
-        for number in range(len(self) // 2):
-            if number:
-                x = nnx.relu(x)
-            x = self[str(3 * number + 1)](self[str(3 * number)](x), train=train)
-        return nnx.relu(x) if last_relu else x
+        last = len(self) // 2 - 1
+        for number in range(last + 1):
+            relu = last_relu or number < last
+            x = conv_norm(x, self[str(3 * number)], self[str(3 * number + 1)], train=train, relu=relu)
+        return x
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -360,11 +458,74 @@ def mean_over_positions(x: Array) -> Array:
 def max_pool(x: Array, size: int, *, stride: int, padding: int = 0) -> Array:
     """Largest value of each window of [B, H, W, D]; what is beyond the border never wins, and sizes round down.
 
+    The derivative goes to the first of the largest values, as in torch. NaN passes through.
+
     Example:
       >>> max_pool(-jnp.ones((1, 4, 4, 1)), 3, stride=2, padding=1).ravel().tolist()
       [-1.0, -1.0, -1.0, -1.0]
     """
+    window = (size, stride, padding)
+    return jax.lax.platform_dependent(
+        x,
+        tpu=functools.partial(_reduce_window, window),
+        default=functools.partial(_max_pool, window, x.shape[1:3]),
+    )
+
+
+def _reduce_window(window: tuple[int, int, int], x: Array) -> Array:
+    """With XLA's own derivative: what a TPU is best at."""
+    size, stride, padding = window
     return nnx.max_pool(x, (size, size), strides=(stride, stride), padding=((padding, padding),) * 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _max_pool(window: tuple[int, int, int], sides: tuple[int, int], x: Array) -> Array:
+    """With a derivative that needs a byte a window: which of its values was the largest.
+
+    XLA's own reads the whole input again and, on a GPU, pools bfloat16 in float32: three times the traffic. On CPUs it
+    takes seven times as long. The slices and pads with strides are what a TPU is slow at.
+
+    Args:
+      window: (size, stride, padding).
+      sides: Height and width of `x`.
+      x: [B, H, W, D].
+    """
+    return _max_pool_forward(window, sides, x)[0]
+
+
+def _max_pool_forward(window: tuple[int, int, int], sides: tuple[int, int], x: Array) -> tuple[Array, Array]:
+    del sides
+    size, stride, padding = window
+    border = ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0))
+    padded = jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), border)
+    height, width = ((side - size) // stride + 1 for side in padded.shape[1:3])
+    best = winner = None
+    for number, (i, j) in enumerate(itertools.product(range(size), repeat=2)):
+        value = padded[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+        if best is None:
+            best, winner = value, jnp.zeros(value.shape, jnp.uint8)
+        else:
+            winner = jnp.where(value > best, jnp.uint8(number), winner)
+            best = jnp.maximum(best, value)
+    return best, winner
+
+
+def _max_pool_backward(
+    window: tuple[int, int, int], sides: tuple[int, int], winner: Array, y_bar: Array
+) -> tuple[Array]:
+    size, stride, padding = window
+    x_bar = 0.0
+    for number, (i, j) in enumerate(itertools.product(range(size), repeat=2)):
+        part = jnp.where(winner == number, widen(y_bar), 0)
+        borders = [(0, 0, 0)] * 4
+        for axis, offset in ((1, i - padding), (2, j - padding)):
+            covered = stride * (y_bar.shape[axis] - 1) + 1
+            borders[axis] = (offset, sides[axis - 1] - covered - offset, stride - 1)
+        x_bar = x_bar + jax.lax.pad(part, jnp.zeros((), part.dtype), borders)
+    return (x_bar.astype(y_bar.dtype),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def avg_pool(x: Array, size: int, *, stride: int, padding: int = 0) -> Array:

@@ -21,6 +21,7 @@ from wkd_jax.models.layers import (
     Conv,
     Linear,
     check_rate,
+    conv_norm,
     dropout,
     he_fan_out,
     mean_over_positions,
@@ -55,7 +56,7 @@ class ConvNorm(nnx.List):
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps [B, H, W, D]."""
         conv, norm = self
-        return nnx.relu6(norm(conv(x), train=train))
+        return nnx.relu6(conv_norm(x, conv, norm, train=train))
 
 
 class InvertedResidual(nnx.Module):
@@ -82,7 +83,7 @@ class InvertedResidual(nnx.Module):
         y = x
         for layer in activated:
             y = layer(y, train=train)
-        y = norm(project(y), train=train)
+        y = conv_norm(y, project, norm, train=train)
         return x + y if self.residual else y
 
 

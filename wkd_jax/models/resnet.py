@@ -15,7 +15,7 @@ from flax import nnx
 
 from wkd_jax import registry
 from wkd_jax.models.base import KeyStyle, Staged, factories
-from wkd_jax.models.layers import BatchNorm, Conv, Linear, he_fan_out, max_pool, mean_over_positions
+from wkd_jax.models.layers import BatchNorm, Conv, Linear, conv_norm, he_fan_out, max_pool, mean_over_positions
 from wkd_jax.types import Array, ModelInfo, Tap
 
 WIDTHS = (64, 128, 256, 512)
@@ -43,8 +43,8 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps [B, H, W, in_features] to [B, ceil(H / stride), ceil(W / stride), width]."""
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
-        y = self.bn2(self.conv2(y), train=train)
+        y = conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
+        y = conv_norm(y, self.conv2, self.bn2, train=train)
         return nnx.relu(y + _apply_shortcut(self.downsample, x, train=train))
 
 
@@ -73,9 +73,9 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps [B, H, W, in_features] to [B, ceil(H / stride), ceil(W / stride), 4 * width]."""
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
-        y = nnx.relu(self.bn2(self.conv2(y), train=train))
-        y = self.bn3(self.conv3(y), train=train)
+        y = conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
+        y = conv_norm(y, self.conv2, self.bn2, train=train, relu=True)
+        y = conv_norm(y, self.conv3, self.bn3, train=train)
         return nnx.relu(y + _apply_shortcut(self.downsample, x, train=train))
 
 
@@ -186,7 +186,7 @@ class ResNet(Staged):
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
         del rngs
         if name == "stem":
-            return nnx.relu(self.bn1(self.conv1(x), train=train))
+            return conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
         if name == "stage1":
             x = max_pool(x, 3, stride=2, padding=1)
         blocks = {"stage1": self.layer1, "stage2": self.layer2, "stage3": self.layer3, "stage4": self.layer4}[name]
@@ -215,7 +215,7 @@ def _apply_shortcut(downsample: nnx.List | None, x: Array, *, train: bool) -> Ar
     if downsample is None:
         return x
     conv, norm = downsample
-    return norm(conv(x), train=train)
+    return conv_norm(x, conv, norm, train=train)
 
 
 REGISTER = factories(ResNet, SPECS)

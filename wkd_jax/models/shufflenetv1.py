@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wkd_jax.models.base import KeyStyle, Staged, factories
-from wkd_jax.models.layers import BatchNorm, Conv, Linear, avg_pool, mean_over_positions
+from wkd_jax.models.layers import BatchNorm, Conv, Linear, avg_pool, conv_norm, mean_over_positions
 from wkd_jax.types import Array, ModelInfo, Tap
 
 GROUPS = 3
@@ -54,10 +54,10 @@ class Unit(nnx.Module):
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps [B, H, W, in_features] to [B, ceil(H / stride), ceil(W / stride), features]."""
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
+        y = conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
         y = channel_shuffle(y, self.groups)
-        y = nnx.relu(self.bn2(self.conv2(y), train=train))
-        y = self.bn3(self.conv3(y), train=train)
+        y = conv_norm(y, self.conv2, self.bn2, train=train, relu=True)
+        y = conv_norm(y, self.conv3, self.bn3, train=train)
         if self.stride == 2:
             return nnx.relu(jnp.concatenate([y, avg_pool(x, 3, stride=2, padding=1)], axis=-1))
         return nnx.relu(y + x)
@@ -125,7 +125,7 @@ class ShuffleNetV1(Staged):
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
         del rngs
         if name == "stem":
-            return nnx.relu(self.bn1(self.conv1(x), train=train))
+            return conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
         for unit in {"stage1": self.layer1, "stage2": self.layer2, "stage3": self.layer3}[name]:
             x = unit(x, train=train)
         return x

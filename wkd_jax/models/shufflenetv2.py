@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wkd_jax.models.base import KeyStyle, Staged, factories
-from wkd_jax.models.layers import BatchNorm, Conv, Linear, mean_over_positions
+from wkd_jax.models.layers import BatchNorm, Conv, Linear, conv_norm, mean_over_positions
 from wkd_jax.models.shufflenetv1 import channel_shuffle
 from wkd_jax.types import Array, ModelInfo, Tap
 
@@ -40,9 +40,9 @@ class BasicUnit(nnx.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps [B, H, W, features] to the same shape."""
         passed, y = jnp.split(x, 2, axis=-1)
-        y = nnx.relu(self.bn1(self.conv1(y), train=train))
-        y = self.bn2(self.conv2(y), train=train)
-        y = nnx.relu(self.bn3(self.conv3(y), train=train))
+        y = conv_norm(y, self.conv1, self.bn1, train=train, relu=True)
+        y = conv_norm(y, self.conv2, self.bn2, train=train)
+        y = conv_norm(y, self.conv3, self.bn3, train=train, relu=True)
         return channel_shuffle(jnp.concatenate([passed, y], axis=-1), 2)
 
 
@@ -70,11 +70,11 @@ class DownUnit(nnx.Module):
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps [B, H, W, in_features] to [B, ceil(H / 2), ceil(W / 2), features]."""
-        left = self.bn1(self.conv1(x), train=train)
-        left = nnx.relu(self.bn2(self.conv2(left), train=train))
-        right = nnx.relu(self.bn3(self.conv3(x), train=train))
-        right = self.bn4(self.conv4(right), train=train)
-        right = nnx.relu(self.bn5(self.conv5(right), train=train))
+        left = conv_norm(x, self.conv1, self.bn1, train=train)
+        left = conv_norm(left, self.conv2, self.bn2, train=train, relu=True)
+        right = conv_norm(x, self.conv3, self.bn3, train=train, relu=True)
+        right = conv_norm(right, self.conv4, self.bn4, train=train)
+        right = conv_norm(right, self.conv5, self.bn5, train=train, relu=True)
         return channel_shuffle(jnp.concatenate([left, right], axis=-1), 2)
 
 
@@ -143,14 +143,14 @@ class ShuffleNetV2(Staged):
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
         del rngs
         if name == "stem":
-            return nnx.relu(self.bn1(self.conv1(x), train=train))
+            return conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
         for unit in {"stage1": self.layer1, "stage2": self.layer2, "stage3": self.layer3}[name]:
             x = unit(x, train=train)
         return x
 
     def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
         del rngs
-        x = nnx.relu(self.bn2(self.conv2(x), train=train))
+        x = conv_norm(x, self.conv2, self.bn2, train=train, relu=True)
         pooled = mean_over_positions(x)
         return pooled, self.linear(pooled)
 

@@ -15,7 +15,16 @@ from flax import nnx
 
 from wkd_jax import registry
 from wkd_jax.models.base import KeyStyle, Staged, factories
-from wkd_jax.models.layers import BatchNorm, Conv, Linear, check_rate, dropout, he_fan_out, mean_over_positions
+from wkd_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    Linear,
+    check_rate,
+    conv_norm,
+    dropout,
+    he_fan_out,
+    mean_over_positions,
+)
 from wkd_jax.types import Array, ModelInfo, Tap
 
 STEM = 16
@@ -76,8 +85,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
         """Maps [B, H, W, in_features] to [B, ceil(H / stride), ceil(W / stride), features]."""
-        a = nnx.relu(self.bn1(x, train=train))
-        y = nnx.relu(self.bn2(self.conv1(a), train=train))
+        a = self.bn1(x, train=train, relu=True)
+        y = conv_norm(a, self.conv1, self.bn2, train=train, relu=True)
         y = self.conv2(dropout(y, self.dropout_rate, train=train, rngs=rngs))
         return y + (x if self.convShortcut is None else self.convShortcut(a))
 
@@ -170,7 +179,7 @@ class WideResNet(Staged):
 
     def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
         del rngs
-        pooled = mean_over_positions(nnx.relu(self.bn1(x, train=train)))
+        pooled = mean_over_positions(self.bn1(x, train=train, relu=True))
         return pooled, self.fc(pooled)
 
 

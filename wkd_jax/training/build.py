@@ -147,7 +147,11 @@ class Plan:
 
 
 def plan(
-    config: Mapping[str, Any], *, teacher: Network | None = None, devices: Sequence[jax.Device] | None = None
+    config: Mapping[str, Any],
+    *,
+    data: DataSet | None = None,
+    teacher: Network | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Plan:
     """Refuses what cannot work in a config, its teacher's included, before anything is trained or compiled.
 
@@ -156,17 +160,18 @@ def plan(
 
     Args:
       config: Resolved.
-      teacher: Of a config whose `teacher.run` is an earlier run; None where the config says all.
+      data: Defaults to the config's.
+      teacher: Of a config whose `teacher.run` is an earlier run, or in place of its `teacher.weights`.
       devices: Defaults to all devices of all processes.
 
     Raises:
       ValueError: As `run`.
       OSError: If a file of weights is not there, or cannot be downloaded.
     """
-    data, notes = data_set(config["data"]), []
+    data, notes = data or data_set(config["data"]), []
     if config["teacher"] and config["teacher"]["train"]:
         teacher = _future(config["teacher"]["train"], config["dtype"])
-    elif config["teacher"] and config["teacher"]["weights"]:
+    elif config["teacher"] and config["teacher"]["weights"] and not teacher:
         teacher, notes = pretrained(config, data)
     mesh = sharding.make_mesh(config["mesh"], devices)
     sharding.check_batch(config["global_batch_size"], config["accumulation"], mesh)
