@@ -71,6 +71,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_every": 1,  # epochs between evaluations
     "checkpoint_every": 100,  # steps between checkpoints
     "keep": 2,  # recent checkpoints kept, besides the best
+    "profile": 0,  # steps of each session that are traced, from the eleventh on, into the run's profile/
 }
 
 _TEACHER = {  # exactly one of run, train and weights
@@ -91,6 +92,7 @@ OPERATIONAL = (
     "log_every",
     "checkpoint_every",
     "keep",
+    "profile",
     "data.data_dir",
     "data.workers",
     "data.max_bad_images",
@@ -108,6 +110,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval_every": (lambda x: x > 0, "above 0"),
     "checkpoint_every": (lambda x: x > 0, "above 0"),
     "keep": (lambda x: x > 0, "above 0"),
+    "profile": (lambda x: x >= 0, "0 or more"),
     "optimizer.name": (lambda x: x in ("sgd", "adamw"), "sgd or adamw"),
     "optimizer.learning_rate": (lambda x: x > 0, "above 0"),
     "optimizer.momentum": (lambda x: 0 <= x < 1, "from 0 to below 1"),

@@ -29,6 +29,18 @@ def test_every_second_step_is_logged(watch, tmp_path):
     assert [(line["step"], line["kd/kl"], line["epoch"]) for line in lines] == [(2, 2.0, 1.0), (4, 4.0, 2.0)]
 
 
+def test_the_newest_step_can_be_left_to_the_devices(watch, tmp_path):
+    watch.add(1, values())
+    watch.check(newest=False)
+    watch.add(2, values(kl=2))
+    watch.check(newest=False)
+    assert metrics.read(tmp_path / "metrics.jsonl") == []
+    watch.add(3, values())
+    watch.check(newest=False)
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [2]
+    assert [step for step, _ in watch.pending] == [3]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("last_good", [0, 2])
 def test_the_step_and_the_term_are_named(watch, tmp_path, bad, last_good):

@@ -9,6 +9,7 @@ The teacher is a constant here: every function stops its gradient, so that a cal
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -252,28 +253,71 @@ def wkd_feature(
         )
     if grid < 1:
         raise ValueError(f"grid must be at least 1, got {grid}")
-    student_mean, student_var = _cell_statistics(student, grid, ddof)
-    teacher_mean, teacher_var = _cell_statistics(lax.stop_gradient(teacher), grid, ddof)
+    student, teacher = (x[:, :, None] if x.ndim == 3 else x for x in (student, teacher))
+    student_mean, student_var = _cell_statistics(grid, ddof, student)
+    teacher_mean, teacher_var = _cell_statistics(grid, ddof, lax.stop_gradient(teacher))
     mean_difference = student_mean - teacher_mean
     std_difference = jnp.sqrt(student_var + eps) - jnp.sqrt(teacher_var + eps)
     mean_term, cov_term = (jnp.square(d).sum((1, 2, 3)) / grid**2 for d in (mean_difference, std_difference))
     return mean_term, cov_term
 
 
-def _cell_statistics(x: Array, grid: int, ddof: int) -> tuple[Array, Array]:
-    """Mean and variance [B, grid, grid, D] of each adaptive-pooling cell."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if x.ndim == 3:
-        x = x[:, :, None]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cell_statistics(grid: int, ddof: int, x: Array) -> tuple[Array, Array]:
+    """Mean and variance [B, grid, grid, D], at least float32, of each adaptive-pooling cell of a map.
+
+    The derivative is written out: it reads the map once, as it came, and the cells. JAX's own goes back through the
+    merges, with a map in float32 for each of them.
+    """
+    return _cell_forward(grid, ddof, x)[0]
+
+
+def _cell_forward(grid: int, ddof: int, x: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if grid == 1:
-        mean = x.mean((1, 2), keepdims=True)
-        scatter = jnp.square(x - mean).sum((1, 2), keepdims=True)
+        mean = wide.mean((1, 2), keepdims=True)
+        scatter = jnp.square(wide - mean).sum((1, 2), keepdims=True)
     else:
-        mean, scatter = _merge(x, jnp.zeros_like(x), 1, 1, grid)
+        mean, scatter = _merge(wide, jnp.zeros_like(wide), 1, 1, grid)
         mean, scatter = _merge(mean, scatter, _sizes(x.shape[1], grid)[:, None], 2, grid)
-    counts = np.outer(_sizes(x.shape[1], grid), _sizes(x.shape[2], grid))[..., None]
-    weight = np.where(counts > ddof, 1 / np.maximum(counts - ddof, 1), 0)
-    return mean, scatter * weight.astype(x.dtype)
+    return (mean, scatter * _per_sample(x, grid, ddof)), (x, mean)
+
+
+def _cell_backward(grid: int, ddof: int, saved: tuple[Array, Array], bars: tuple[Array, Array]) -> tuple[Array]:
+    """At a position: the sum of mean_bar / n + 2 var_bar (x - mean) / (n - ddof) over the cells that hold it."""
+    x, mean = saved
+    level, slope = bars[0] * _per_sample(x, grid, 0), 2 * bars[1] * _per_sample(x, grid, ddof)
+    x_bar: Array | float = 0.0
+    for rows, in_rows in _holders(x.shape[1], grid):
+        for columns, in_columns in _holders(x.shape[2], grid):
+
+            def at(cells: Array, rows: np.ndarray = rows, columns: np.ndarray = columns) -> Array:
+                return cells[:, rows][:, :, columns]
+
+            held = np.outer(in_rows, in_columns)[..., None]
+            x_bar += jnp.where(held, at(level) + at(slope) * (x - at(mean)), 0)
+    return (jnp.asarray(x_bar).astype(x.dtype),)
+
+
+_cell_statistics.defvjp(_cell_forward, _cell_backward)
+
+
+def _per_sample(x: Array, grid: int, ddof: int) -> np.ndarray:
+    """[grid, grid, 1], 1 / (positions - ddof) of each cell; 0 where that is not positive."""
+    counts = np.outer(_sizes(x.shape[1], grid), _sizes(x.shape[2], grid))[..., None] - ddof
+    return np.where(counts > 0, 1 / np.maximum(counts, 1), 0).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _holders(size: int, grid: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The cells that hold each position of an axis: their first, their second, ...: (cell [size], whether there is)."""
+    holding = [[k for k, cell in enumerate(_cells(size, grid)) if cell.start <= i < cell.stop] for i in range(size)]
+    return [
+        (
+            np.array([cells[min(rank, len(cells) - 1)] for cells in holding]),
+            np.array([rank < len(cells) for cells in holding]),
+        )
+        for rank in range(max(map(len, holding)))
+    ]
 
 
 def _cells(size: int, grid: int) -> list[slice]:

@@ -1,7 +1,7 @@
 """Learnable projectors from a student's feature to the shape of a teacher's, built from what the models publish.
 
-A projector belongs to a method, trains with the student and never reaches the exported network. It computes in
-float32 whatever the networks do (multiplications at JAX's default precision for the device), and starts from torch's
+A projector belongs to a method, trains with the student and never reaches the exported network. It computes in the
+dtype of the feature it is given, which is the student's (statistics of BatchNorm in float32), and starts from torch's
 default values, as the reference code does.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from flax import nnx
 
 from wkd_jax import registry
@@ -33,10 +32,10 @@ class ConvProjector(nnx.Module):
         self.bn = BatchNorm(features)
 
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Maps [B, H, W, D] of the student to float32 [B, H', W', D'] of the teacher."""
+        """Maps [B, H, W, D] of the student to [B, H', W', D'] of the teacher."""
         for conv in self.convs:
             x = conv(x)
-        return nnx.relu(self.bn(x, train=train))
+        return self.bn(x, train=train, relu=True)
 
 
 class LinearProjector(nnx.Module):
@@ -46,18 +45,18 @@ class LinearProjector(nnx.Module):
         self.linear = Linear(in_features, features, rngs=rngs)
 
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Maps [..., D] to float32 [..., D']. Every position is kept: prefix tokens are the caller's to drop."""
+        """Maps [..., D] to [..., D']. Every position is kept: prefix tokens are the caller's to drop."""
         del train
-        return self.linear(x)
+        return x @ self.linear.kernel[...].astype(x.dtype) + self.linear.bias[...].astype(x.dtype)
 
 
 class Identity(nnx.Module):
-    """The student's feature itself, in float32."""
+    """The student's feature itself."""
 
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Returns `x` as float32."""
+        """Returns `x`."""
         del train
-        return x.astype(jnp.float32)
+        return x
 
 
 def spatial_size(tap: Tap, image_size: Size) -> Size:
@@ -97,7 +96,7 @@ def build(
       rngs: Source of the initial values.
 
     Returns:
-      A module, called as projector(x, *, train), that returns float32.
+      A module, called as projector(x, *, train), that returns the dtype of x.
 
     Raises:
       ValueError: If there is no such projector, or it cannot serve these taps; the message names a remedy.
@@ -118,9 +117,9 @@ def _conv1x1(student: Tap, teacher: Tap, student_size: Size, teacher_size: Size,
     channels = student.channels, teacher.channels
     conv: nnx.Module
     if student_size == _double(teacher_size):
-        conv = Conv(*channels, 3, stride=2, padding=1, rngs=rngs)
+        conv = Conv(*channels, 3, stride=2, padding=1, dtype=None, rngs=rngs)
     elif _double(student_size) == teacher_size:
-        conv = ConvTranspose(*channels, 4, stride=2, padding=1, rngs=rngs)
+        conv = ConvTranspose(*channels, 4, stride=2, padding=1, dtype=None, rngs=rngs)
     else:
         kernel = tuple(1 + s - t for s, t in zip(student_size, teacher_size, strict=True))
         if min(kernel) < 1:
@@ -129,7 +128,7 @@ def _conv1x1(student: Tap, teacher: Tap, student_size: Size, teacher_size: Size,
                 f"{_text(teacher_size)}; it must be exactly half as large, or no smaller, along each side. Choose "
                 "other taps, or 'linear' (which keeps the size) where the loss can compare unequal sizes"
             )
-        conv = Conv(*channels, kernel, rngs=rngs)
+        conv = Conv(*channels, kernel, dtype=None, rngs=rngs)
     return ConvProjector([conv], teacher.channels)
 
 
@@ -141,9 +140,9 @@ def _bottleneck(student: Tap, teacher: Tap, student_size: Size, teacher_size: Si
             f"{_text(teacher_size)}: choose taps of equal size, or 'conv1x1', which resizes"
         )
     convs = [
-        Conv(student.channels, BOTTLENECK_WIDTH, 1, rngs=rngs),
-        Conv(BOTTLENECK_WIDTH, BOTTLENECK_WIDTH, 3, padding=1, rngs=rngs),
-        Conv(BOTTLENECK_WIDTH, teacher.channels, 1, rngs=rngs),
+        Conv(student.channels, BOTTLENECK_WIDTH, 1, dtype=None, rngs=rngs),
+        Conv(BOTTLENECK_WIDTH, BOTTLENECK_WIDTH, 3, padding=1, dtype=None, rngs=rngs),
+        Conv(BOTTLENECK_WIDTH, teacher.channels, 1, dtype=None, rngs=rngs),
     ]
     return ConvProjector(convs, teacher.channels)
 

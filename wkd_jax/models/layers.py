@@ -38,7 +38,35 @@ def uniform_fan_in(fan_in: int) -> Initializer:
     return init
 
 
-class Conv(nnx.Conv):
+class _Convolution(nnx.Conv):
+    """How both kinds of convolution compute: in `dtype`, or where that is None in the input's."""
+
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+        """Convolves [B, H, W, in_features]."""
+        y = self._convolve(x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def scaled(self, x: Array, factor: Array, offset: Array) -> Array:
+        """`factor * conv(x) + offset`, both [out_features]: the factor goes into the kernel, which is far smaller."""
+        if self.bias is not None:
+            offset = offset + factor * self.bias[...]
+        y = self._convolve(x, self.kernel[...] * factor)
+        return y + offset.astype(y.dtype)
+
+    def _convolve(self, x: Array, kernel: Array) -> Array:
+        dtype = self.dtype or x.dtype
+        return jax.lax.conv_general_dilated(
+            x.astype(dtype),
+            kernel.astype(dtype),
+            self.strides,
+            self.padding,
+            lhs_dilation=self.input_dilation,
+            feature_group_count=self.feature_group_count,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class Conv(_Convolution):
     """2-D convolution with torch's padding and initial values.
 
     `padding` zeros on both sides of each axis, whatever the size: "SAME" differs from this on every layer of stride 2
@@ -54,7 +82,7 @@ class Conv(nnx.Conv):
       use_bias: Whether to add a bias.
       kernel_init: Defaults to `uniform_fan_in`.
       bias_init: Likewise.
-      dtype: Of the computation and the output.
+      dtype: Of the computation and the output; None: the input's.
       rngs: Source of the initial values.
 
     Example:
@@ -85,6 +113,7 @@ class Conv(nnx.Conv):
             out_features,
             size,
             strides=(stride, stride),
+            input_dilation=(1, 1),
             padding=((padding, padding), (padding, padding)),
             feature_group_count=groups,
             use_bias=use_bias,
@@ -95,31 +124,8 @@ class Conv(nnx.Conv):
             rngs=rngs,
         )
 
-    def __call__(self, x: Array) -> Array:  # type: ignore[override]
-        """Convolves [B, H, W, in_features]."""
-        y = self._convolve(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
-    def scaled(self, x: Array, factor: Array, offset: Array) -> Array:
-        """`factor * conv(x) + offset`, both [out_features]: the factor goes into the kernel, which is far smaller."""
-        if self.bias is not None:
-            offset = offset + factor * self.bias[...]
-        y = self._convolve(x, self.kernel[...] * factor)
-        return y + offset.astype(y.dtype)
-
-    def _convolve(self, x: Array, kernel: Array) -> Array:
-        dtype = self.dtype
-        return jax.lax.conv_general_dilated(
-            x.astype(dtype),
-            kernel.astype(dtype),
-            self.strides,
-            self.padding,
-            feature_group_count=self.feature_group_count,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-
-class ConvTranspose(nnx.Conv):
+class ConvTranspose(_Convolution):
     """Transposed 2-D convolution with torch's geometry: out = (in - 1) * stride - 2 * padding + kernel_size.
 
     It is the convolution of the zero-interleaved input, padded by kernel_size - 1 - padding. The kernel is stored as
@@ -133,7 +139,7 @@ class ConvTranspose(nnx.Conv):
       kernel_size: Along both axes.
       stride: Along both axes.
       padding: As torch counts it: rows and columns cut from each side of the full result.
-      dtype: Of the computation and the output.
+      dtype: Of the computation and the output; None: the input's.
       rngs: Source of the initial values, `uniform_fan_in` of the output's side as in torch.
 
     Example:
@@ -159,6 +165,7 @@ class ConvTranspose(nnx.Conv):
             in_features,
             out_features,
             (kernel_size, kernel_size),
+            strides=(1, 1),
             input_dilation=(stride, stride),
             padding=((border, border), (border, border)),
             kernel_init=default_init,
@@ -339,7 +346,7 @@ def _normalise_forward(
 def _normalise_backward(
     eps: float, relu: bool, saved: tuple[Array, ...], bars: tuple[Array, Array, Array]
 ) -> tuple[Array, ...]:
-    """dx = scale / std * (dy - mean(dy) - z * mean(dy * z)), with z the normalised x before scale and bias."""
+    """With z, x normalised before scale and bias: dx = scale / std * (dy - mean(dy) - z * mean(dy * z))."""
     del eps
     x, shift, scale, bias, mean, inverse = saved
     axes = tuple(range(1, x.ndim - 1))

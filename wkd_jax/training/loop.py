@@ -25,6 +25,7 @@ from wkd_jax.training.checkpoint import Checkpoints
 from wkd_jax.training.metrics import MetricWriter
 from wkd_jax.training.preemption import Notice, Preempted
 from wkd_jax.training.progress import Progress
+from wkd_jax.training.trace import Trace
 from wkd_jax.types import TrainState
 
 PACKAGES = ("wkd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ott-jax", "numpy")
@@ -175,6 +176,9 @@ def _train(
         progress = stack.enter_context(
             Progress(clock.total_steps, description=config["name"], start_step=record["step"])
         )
+        trace = stack.enter_context(
+            Trace(directory / workdir.PROFILE, first_step=record["step"] + 1, steps=config["profile"])
+        )
         watch = Watch(clock, writer, progress, log_every=config["log_every"], last_good=record["step"])
 
         def show_notes() -> None:
@@ -215,13 +219,17 @@ def _train(
             evaluation = evaluate(record["step"]) or stop(record["step"])
             save(record["step"], replace=True)
         for step in range(record["step"] + 1, clock.total_steps + 1):
-            batch = sharding.microbatches(inputs, config["accumulation"], built.mesh)
-            state, metrics = train_step(state, built.frozen, batch)
+            with trace.start(step):
+                batch = sharding.microbatches(inputs, config["accumulation"], built.mesh)
+                state, metrics = train_step(state, built.frozen, batch)
+            trace.stop(step, metrics)
             watch.add(step, metrics)
             told = notice.received()
             due = step in eval_steps or step % config["checkpoint_every"] == 0
-            if told or due or step % config["log_every"] == 0:
+            if told or due:
                 watch.check()
+            elif (step - 1) % config["log_every"] == 0:
+                watch.check(newest=False)  # the devices work on this step while the host writes down the one before
             if step in eval_steps and not told:
                 evaluation = evaluate(step)
                 told = evaluation is None
@@ -251,13 +259,16 @@ class Watch:
         """Takes the metrics of one step."""
         self.pending.append((step, metrics))
 
-    def check(self) -> None:
-        """Fetches what is pending, logs every `log_every`-th step, shows the last one.
+    def check(self, *, newest: bool = True) -> None:
+        """Fetches what is pending, with or without the newest step; logs every `log_every`-th, shows the last one.
 
         Raises:
           TrainingError: If any value of any step is not finite; names the first such step and its terms.
         """
-        pending, self.pending = jax.device_get(self.pending), []
+        cut = len(self.pending) - (not newest)
+        pending, self.pending = jax.device_get(self.pending[:cut]), self.pending[cut:]
+        if not pending:
+            return
         for step, values in pending:
             values = {name: float(value) for name, value in values.items()}
             self.finite(step, values)

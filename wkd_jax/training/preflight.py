@@ -53,7 +53,7 @@ def report(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory
         - memory.alias_size_in_bytes
     )
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    speed = _matrix_speed(config["dtype"])
+    speed = matrix_speed(config["dtype"])
     compute = flops / (speed * UTILISATION)
     feed = config["global_batch_size"] / (rate * jax.process_count())
     step = max(compute, feed)
@@ -128,7 +128,7 @@ def _draw(inputs: Input) -> float:
     return images / (time.monotonic() - started)
 
 
-def _matrix_speed(dtype: str) -> float:
+def matrix_speed(dtype: str) -> float:
     """FLOP/s of a large matrix product on one device, as activations have it."""
     size = 1024 if jax.local_devices()[0].platform == "cpu" else 8192
     matrix = jnp.ones((size, size), jnp.dtype(dtype))

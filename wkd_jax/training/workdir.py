@@ -14,7 +14,7 @@ from wkd_jax import config as config_lib
 from wkd_jax.training import processes
 
 CONFIG, RESULT, EVALUATION, INTERRELATION = "config.json", "result.json", "evaluation.json", "interrelation.npz"
-CHECKPOINTS, LOCK = "checkpoints", ".lock"
+CHECKPOINTS, PROFILE, LOCK = "checkpoints", "profile", ".lock"
 
 
 @contextlib.contextmanager
