@@ -11,16 +11,14 @@ are what to look at. Prints a table and writes JSON with hardware and versions.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import pathlib
-import platform
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import timing
 from wkd_jax import losses
 
 TEMPERATURE, EPSILON, ITERATIONS, STABILIZER, WEIGHT = 2.0, 0.05, 10, 1e-8, 30.0
@@ -112,36 +110,15 @@ def measure(variants, arguments, rounds):
         np.testing.assert_allclose(value, other_value, rtol=1e-4)
         np.testing.assert_allclose(grad, other_grad, atol=1e-3 * float(jnp.abs(other_grad).max()))
 
-    times = {name: [] for name in compiled}
-    for _ in range(rounds):
-        for name, run in compiled.items():
-            jax.block_until_ready(run(*arguments))  # untimed: caches as this variant leaves them, not its neighbour
-            start = time.perf_counter()
-            jax.block_until_ready(run(*arguments))
-            times[name].append(1e3 * (time.perf_counter() - start))
-    for name, sample in times.items():
-        low, median, high = np.percentile(sample, [25, 50, 75])
-        results[name] |= {"median_ms": median, "quartiles_ms": [low, high], "min_ms": min(sample)}
-        # Of each round, so that what slows a whole round cancels.
-        results[name]["ratio_to_wkd_jax"] = float(np.median(np.divide(sample, times["wkd_jax"])))
+    def twice(run):
+        return lambda: [jax.block_until_ready(run(*arguments)) for _ in range(2)]
+
+    # Each variant is timed over two calls, so that it meets its own caches rather than its neighbour's in one of them.
+    times = timing.interleaved({name: twice(run) for name, run in compiled.items()}, rounds)
+    halves = {name: np.divide(sample, 2) for name, sample in times.items()}
+    for name, sample in halves.items():
+        results[name] |= timing.summary(sample, halves["wkd_jax"])
     return results
-
-
-def machine():
-    """What the numbers depend on."""
-    cpu = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def main():
@@ -150,7 +127,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=pathlib.Path, default=None, help="JSON (default: results/losses_<platform>.json)")
     options = parser.parse_args()
-    report = {"benchmark": "losses, value and gradient", "rounds": options.rounds, "machine": machine(), "cases": {}}
+    report = {
+        "benchmark": "losses, value and gradient",
+        "rounds": options.rounds,
+        "machine": timing.machine(),
+        "cases": {},
+    }
     cases = {f"WKD-L B=64 C={classes}": logit_case(64, classes) for classes in (100, 1000)}
     cases |= {f"WKD-F 256x7x7x512 grid={grid}": feature_case(grid) for grid in (1, 4)}
     print(f"{'case':30} {'variant':9} {'median':>10} {'quartiles':>19} {'ratio':>7} {'temporary':>11} {'compile':>8}")
@@ -160,13 +142,10 @@ def main():
             low, high = r["quartiles_ms"]
             memory = "-" if r["temporary_mb"] is None else f"{r['temporary_mb']:.1f}"
             print(
-                f"{case:30} {name:9} {r['median_ms']:7.1f} ms {low:8.1f}-{high:7.1f} ms {r['ratio_to_wkd_jax']:7.2f} "
+                f"{case:30} {name:9} {r['median_ms']:7.1f} ms {low:8.1f}-{high:7.1f} ms {r['ratio']:7.2f} "
                 f"{memory:>8} MB {r['compile_s']:6.1f} s"
             )
-    out = options.out or pathlib.Path(__file__).parent / "results" / f"losses_{jax.default_backend()}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {out}")
+    timing.write(report, options.out or timing.RESULTS / f"losses_{jax.default_backend()}.json")
 
 
 if __name__ == "__main__":

@@ -21,34 +21,26 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks import imagenet_step
 from benchmarks.scaling_times import RESULTS, sent
-from wkd_jax import config as config_lib
-from wkd_jax.models import functional
-from wkd_jax.training import build, sharding
-from wkd_jax.types import Batch, Normalisation
+from wkd_jax.training import build
 
-CLASSES, EXAMPLES = 1000, 1_281_167
 SIZES = (8, 64, 256, 1024)
-IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-# Teacher; settings of WKD-F that its tap allows; rules that cut its parameters over four devices. The student's names
-# begin with "student/", so a rule that begins with a layer's own name is about the teacher.
+# Settings of WKD-F that the teacher's tap allows; rules that cut the teacher's parameters over four devices.
 PAIRS = {
-    "resnet34 -> resnet18": ("resnet34", {}, ((r"^layer\d/.*conv\d/kernel$", (None, None, None, "model")),)),
+    "resnet34 -> resnet18": ("r34_r18", {}, ((r"^teacher/layer\d/.*conv\d/kernel$", (None, None, None, "model")),)),
     "vit_small -> resnet18": (
-        "vit_small_patch16_224",
+        "vits_r18",
         {"grid": 1, "projector": "linear"},
         (
-            (r"^blocks/.*(qkv|fc1)/kernel$", (None, "model")),
-            (r"^blocks/.*(proj|fc2)/kernel$", ("model", None)),
+            (r"^teacher/blocks/.*(qkv|fc1)/kernel$", (None, "model")),
+            (r"^teacher/blocks/.*(proj|fc2)/kernel$", ("model", None)),
         ),
     ),
 }
-
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
@@ -56,68 +48,20 @@ _COLLECTIVE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.+?) (" + "|".join(KINDS
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
-class ImageNet:
-    """Stands for the data set: what a run asks of it before the first batch."""
-
-    name = "imagenet"
-    class_names = tuple(map(str, range(CLASSES)))
-    mean, std = IMAGENET.mean, IMAGENET.std
-    num_examples = EXAMPLES
-    fingerprint = "none"
-
-    def __init__(self, image_size: int) -> None:
-        self.image_size = (image_size, image_size)
-        self.labels = np.arange(EXAMPLES, dtype=np.int32) % CLASSES
-
-
-def config(pair: str, *, batch: int, group: int | None, dtype: str) -> dict:
-    """The resolved config of one case."""
-    teacher, feature, _ = PAIRS[pair]
-    return config_lib.resolve(
-        {
-            "epochs": 100,
-            "global_batch_size": batch,
-            "dtype": dtype,
-            "data": {"name": "digits"},  # resolved and then not used: `ImageNet` takes its place
-            "student": {"name": "resnet18", "norm_group_size": group},
-            "teacher": {"weights": "none", "model": {"name": teacher}},
-            "methods": {"wkd_l": {}, "wkd_f": feature},
-            "optimizer": {"weight_decay": 1e-4, "schedule": "step", "milestones": (30, 60, 90)},
-        }
-    ).to_dict() | {"mesh": {"data": 1, "model": 1}}
-
-
-def abstract_run(settings: dict, data: ImageNet):
-    """(program, abstract (state, frozen)): the run that `build.run` would make, with no array computed."""
-    model, kept = settings["teacher"]["model"], {}
-
-    def make():
-        module = build.model(model, CLASSES, settings["dtype"], 0)
-        _, params, variables, _ = functional.split(module)
-        arrays = {**params, **variables}
-        network = build.network(model, CLASSES, settings["dtype"], arrays, IMAGENET)
-        similarity = 0.5 + 0.5 * np.eye(CLASSES, dtype=np.float32)
-        run = build.run(settings, data, network, lambda: similarity, devices=jax.devices()[:1])
-        kept["program"] = run.program
-        return run.state, run.frozen
-
-    arrays = jax.eval_shape(make)
-    return kept["program"], arrays
-
-
 def measure(pair: str, *, devices: int, batch: int, group: int | None, model: int, image_size: int, dtype: str) -> dict:
     """Compiles one case; what it sends, computes and keeps."""
-    mesh = sharding.make_mesh({"data": -1, "model": model}, jax.devices()[:devices])
-    data = ImageNet(image_size)
-    program, arrays = abstract_run(config(pair, batch=batch, group=group, dtype=dtype), data)
-    placed = sharding.place(arrays, mesh, PAIRS[pair][2] if model > 1 else ())
-    arrays = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays, placed)
-    over_data = NamedSharding(mesh, PartitionSpec("data"))
-    fields = [((*data.image_size, 3), jnp.uint8), ((), jnp.int32), ((), jnp.int32), ((), jnp.bool_)]
-    inputs = Batch(*(jax.ShapeDtypeStruct((batch, *shape), kind, sharding=over_data) for shape, kind in fields))
-    step = jax.jit(
-        program.train_step, donate_argnums=0, out_shardings=(placed[0], NamedSharding(mesh, PartitionSpec()))
-    )
+    name, feature, rules = PAIRS[pair]
+    methods = {"wkd_l": {}, "wkd_f": feature}
+    settings = imagenet_step.config(name, methods, batch=batch, dtype=dtype, student={"norm_group_size": group})
+    data = imagenet_step.ImageNet(image_size)
+    sizes = {"data": devices // model, "model": model}
+    chosen = rules if model > 1 else ()
+    plan = imagenet_step.planned(settings, data, jax.devices()[:devices], mesh=sizes, sharding=chosen)
+    inputs = build.abstract_batch(batch, data, NamedSharding(plan.mesh, PartitionSpec("data")))
+    arrays = plan.state, plan.frozen
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
+    replicated = NamedSharding(plan.mesh, PartitionSpec())
+    step = jax.jit(plan.program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
     start = time.perf_counter()
     lowered = step.lower(*arrays, inputs)
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +81,7 @@ def measure(pair: str, *, devices: int, batch: int, group: int | None, model: in
     return {
         "pair": pair,
         "devices": devices,
-        "mesh": {"data": devices // model, "model": model},
+        "mesh": sizes,
         "global_batch_size": batch,
         "norm_group_size": group,
         "image_size": image_size,
@@ -227,7 +171,7 @@ def _source(line: str, largest: int, frames: _Frames) -> str:
     """What a collective is for."""
     names = frames.of(line)
     backward = "transpose(" in line.partition("metadata=")[2]
-    if any(name.startswith("BatchNorm.") for name in names):
+    if any(name.startswith(("BatchNorm.", "_normalise")) for name in names):
         return "BatchNorm, backward" if backward else "BatchNorm, forward"
     if largest == 1:
         return "losses and metrics"

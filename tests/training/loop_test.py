@@ -1,9 +1,12 @@
 """What the loop does with metrics: the first step that is not finite is named, with its terms."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from wkd_jax import config as config_lib
 from wkd_jax.training import loop, metrics
 from wkd_jax.training.clock import Clock
 from wkd_jax.training.loop import TrainingError, Watch
@@ -71,3 +74,20 @@ def test_a_device_without_memory_is_explained_with_what_can_be_done():
     assert "more lines" not in text
     other = loop.explained(jax.errors.JaxRuntimeError("INTERNAL: fire"), config)
     assert str(other) == "the devices failed: INTERNAL: fire"
+
+
+def test_a_run_compiles_one_train_step_and_one_evaluation_step(tmp_path, caplog):
+    """Over several epochs, evaluations and checkpoints."""
+    settings = {
+        "epochs": 2,
+        "global_batch_size": 512,
+        "data": {"name": "digits"},
+        "student": {"name": "resnet8"},
+        "checkpoint_every": 2,
+        "log_every": 1,
+    }
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        result = loop.run(config_lib.resolve(settings), tmp_path / "run", None)
+    assert result["steps"] == 6
+    compiled = re.findall(r"Compiling jit\((train_step|eval_step)\)", caplog.text)
+    assert sorted(compiled) == ["eval_step", "train_step"]

@@ -25,7 +25,7 @@ from wkd_jax.training.checkpoint import Checkpoints
 from wkd_jax.training.metrics import MetricWriter
 from wkd_jax.training.preemption import Notice, Preempted
 from wkd_jax.training.progress import Progress
-from wkd_jax.training.trace import Trace
+from wkd_jax.training.trace import WARM_UP, Trace
 from wkd_jax.types import TrainState
 
 PACKAGES = ("wkd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ott-jax", "numpy")
@@ -179,6 +179,8 @@ def _train(
         trace = stack.enter_context(
             Trace(directory / workdir.PROFILE, first_step=record["step"] + 1, steps=config["profile"])
         )
+        if config["profile"] and clock.total_steps - record["step"] <= WARM_UP:
+            notes.append(f"no step is traced: fewer than {WARM_UP + 1} are left, and the first {WARM_UP} never are")
         watch = Watch(clock, writer, progress, log_every=config["log_every"], last_good=record["step"])
 
         def show_notes() -> None:
