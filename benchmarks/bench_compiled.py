@@ -7,18 +7,20 @@
 XLA compiles for a described chip without one (the vendors' plug-ins have to be installed). Nothing runs and nothing is
 timed: kernels are not tuned on the device, and what is counted is what the compiler decided.
 
-- operations: of the traced program, by XLA's cost analysis; float32 products (the classifiers and the Sinkhorn updates)
-  apart, since their peak is another.
+- operations: of the traced program, by XLA's cost analysis (which leaves out what meets only padding, some 8 % of the
+  networks' multiply-adds); the products of WKD-L's solver apart, since their peak is that of float32.
 - kernels, traffic: H100: top-level instructions of the compiled program, and what each reads and writes, added up.
   TPU: XLA's own "bytes accessed".
 - cycles: TPU: XLA's estimate for each instruction, added up. Good for ratios.
-- floors: operations at the chip's peak, traffic at its memory bandwidth, as if nothing else limited it.
+- two times: operations at the chip's peak, which no program beats, and this program's own traffic at the chip's memory
+  bandwidth, which one that keeps more on chip could.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import math
 import os
 import pathlib
@@ -32,27 +34,24 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks import imagenet_step, timing
 from benchmarks.bench_scaling import BYTES
+from benchmarks.scaling_times import CHIPS, Chip
 from wkd_jax.training import build
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """A chip by its published figures; sources in docs/performance.md.
+class Target:
+    """A chip that is compiled for.
 
     Attributes:
       platform: Of JAX.
       topology: What the compiler is told.
-      tflops: Peak of bfloat16 products, dense.
-      float32_tflops: Peak of products in full float32: on a TPU six passes of bfloat16.
-      bandwidth: Bytes a second of its memory.
+      chip: Its published figures.
       options: Of the compiler.
     """
 
     platform: str
     topology: dict[str, str]
-    tflops: float
-    float32_tflops: float
-    bandwidth: float
+    chip: Chip
     options: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -68,67 +67,60 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 9 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-CHIPS = {
-    "h100": Chip(
+TARGETS = {
+    "h100": Target(
         "cuda",
         {"topology_name": "", "target_config": _H100, "topology": "1x1x1"},
-        tflops=989,
-        float32_tflops=67,
-        bandwidth=3.35e12,
-        options={"xla_gpu_autotune_level": "0"},  # there is no device to time candidates on
+        CHIPS["H100 SXM"],
+        {"xla_gpu_autotune_level": "0"},  # there is no device to time candidates on
     ),
-    "v5e": Chip("tpu", {"topology_name": "v5e:2x2"}, tflops=197, float32_tflops=197 / 6, bandwidth=0.819e12),
-    "v6e": Chip("tpu", {"topology_name": "v6e:2x2"}, tflops=918, float32_tflops=918 / 6, bandwidth=1.64e12),
+    "v5e": Target("tpu", {"topology_name": "v5e:2x2"}, CHIPS["TPU v5e"]),
+    "v6e": Target("tpu", {"topology_name": "v6e:2x2"}, CHIPS["TPU v6e"]),
 }
 
 
-def measure(chip: Chip, pair: str, methods: list[str], *, batch: int, classes: int) -> dict[str, Any]:
+def measure(target: Target, pair: str, methods: list[str], *, batch: int, classes: int) -> dict[str, Any]:
     """Compiles one step and counts."""
     data = imagenet_step.ImageNet(classes=classes)
     settings = imagenet_step.config(pair, {name: {} for name in methods}, batch=batch)
     plan = imagenet_step.planned(settings, data)
-    where = SingleDeviceSharding(topologies.get_topology_desc(platform=chip.platform, **chip.topology).devices[0])
+    where = SingleDeviceSharding(topologies.get_topology_desc(platform=target.platform, **target.topology).devices[0])
     arrays, images = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         ((plan.state, plan.frozen), build.abstract_batch(batch, data)),
     )
     step = jax.jit(plan.program.train_step, donate_argnums=0)
     here = step.lower(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (*arrays, images)))
-    operations, products = here.cost_analysis()["flops"] / 1e12, float32_products(here.as_text())
+    operations = here.cost_analysis()["flops"] / 1e12
+    solver = solver_tflop(batch, classes) if "wkd_l" in methods else 0.0
     start = time.perf_counter()
-    compiled = step.lower(*arrays, images).compile(compiler_options=chip.options)
+    compiled = step.lower(*arrays, images).compile(compiler_options=target.options)
     text = compiled.as_text()
     row = {
         "tflop": operations,
-        "float32_products_tflop": products,
+        "solver_tflop": solver,
         "memory_mb": imagenet_step.needed_mb(compiled),
         "compile_s": round(time.perf_counter() - start, 1),
     }
-    if chip.platform == "tpu":
+    if target.platform == "tpu":
         row |= {"traffic_gb": compiled.cost_analysis()["bytes accessed"] / 1e9, "mega_cycles": cycles(text) / 1e6}
     else:
         found = kernels(text)
         row |= {"traffic_gb": sum(size for _, size in found) / 1e9, "kernels": len(found)}
-    row["operations_floor_ms"] = 1e3 * ((operations - products) / chip.tflops + products / chip.float32_tflops)
-    row["traffic_floor_ms"] = 1e12 * row["traffic_gb"] / chip.bandwidth
+    chip = target.chip
+    row["operations_ms"] = 1e3 * ((operations - solver) / chip.tflops + solver / chip.float32_tflops)
+    row["traffic_ms"] = 1e12 * row["traffic_gb"] / chip.memory
     return row
 
 
-def float32_products(text: str) -> float:
-    """Operations of the float32 matrix products of a traced program, in TFLOP: two a multiply-add.
+def solver_tflop(batch: int, classes: int, num_iters: int = 10) -> float:
+    """Operations of WKD-L's products, value, gradient and logged error: 4 num_iters + 2 products of [B, C] with [C, C].
 
     Example:
-      >>> x = jax.ShapeDtypeStruct((1000, 1000), "float32")
-      >>> float32_products(jax.jit(lambda x: x @ x).lower(x).as_text())
-      0.002
+      >>> round(solver_tflop(256, 1000), 4)
+      0.0215
     """
-    found = re.findall(r"dot_general .*contracting_dims = \[(.*)\] x .*tensor<(.*)xf32>, .* -> tensor<(.*)xf32>", text)
-    total = 0
-    for axes, left, out in found:
-        sizes = [int(size) for size in left.split("x")]
-        depth = math.prod(sizes[int(axis)] for axis in axes.split(",") if axis.strip())
-        total += 2 * depth * math.prod(map(int, out.split("x")))
-    return total / 1e12
+    return 2 * (4 * num_iters + 2) * batch * classes**2 / 1e12
 
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\w+\[[\d,]*\](?:\{[^}]*\})?) ([\w\-]+)\((.*)$")
@@ -138,8 +130,10 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
 def kernels(text: str) -> list[tuple[str, int]]:
     """(kind, bytes read and written) of each kernel of a compiled program, those of a loop as often as they run.
 
+    A kernel counts with the whole of its operands and results, also where it reads or writes a part of one.
+
     Raises:
-      ValueError: If a loop's number of rounds is not known.
+      ValueError: If a loop's number of rounds is not known, or there is a call or a branch.
     """
     computations: dict[str, list[str]] = {}
     for block in re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", text):
@@ -163,6 +157,8 @@ def _kernels(name: str, computations: dict[str, list[str]]) -> list[tuple[str, i
             if not rounds:
                 raise ValueError(f"{result}: a loop of unknown length")
             found += int(rounds[1]) * _kernels(body[1], computations)
+        elif kind_of in ("call", "conditional"):
+            raise ValueError(f"{result}: a {kind_of} is not counted")
         elif kind_of not in _FREE:
             operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
             found.append((_kind(kind_of, rest), _size(kind) + sum(_size(types.get(name, "")) for name in operands)))
@@ -185,10 +181,17 @@ def cycles(text: str) -> int:
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
 
 
+def versions() -> dict[str, str]:
+    """Of what decides the counts, as far as it is installed."""
+    packages = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "libtpu")
+    installed = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    return {name: installed[name] for name in packages if name in installed}
+
+
 def main() -> None:
     """Compiles every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chip", choices=CHIPS, required=True)
+    parser.add_argument("--chip", choices=TARGETS, required=True)
     parser.add_argument("--pair", choices=imagenet_step.PAIRS, default="r34_r18")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--classes", type=int, nargs="+", default=[1000])
@@ -197,13 +200,13 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    chip = CHIPS[options.chip]
-    report: dict[str, Any] = {"benchmark": "compiled step", "versions": {"jax": jax.__version__}}
+    target = TARGETS[options.chip]
+    report: dict[str, Any] = {"benchmark": "compiled step", "versions": versions()}
     report |= {"chip": options.chip, "pair": options.pair, "batch": options.batch, "cases": []}
     out = options.out or timing.RESULTS / f"compiled_{options.pair}_{options.chip}.json"
     for classes in options.classes:
         for name in options.methods:
-            row = measure(chip, options.pair, name.split("+"), batch=options.batch, classes=classes)
+            row = measure(target, options.pair, name.split("+"), batch=options.batch, classes=classes)
             report["cases"].append({"classes": classes, "method": name} | row)
             print(
                 ", ".join(

@@ -42,16 +42,16 @@ def train(directory: pathlib.Path, steps: int) -> pathlib.Path:
     return directory / "student" / workdir.PROFILE
 
 
-def programs(trace: pathlib.Path) -> list[Interval]:
-    """(start, end) of each execution of a program in the newest trace of a directory, nanoseconds.
+def programs(trace: pathlib.Path) -> tuple[list[Interval], int]:
+    """Executions of programs in a trace, (start, end) in nanoseconds each, and how many training steps it holds.
 
     Raises:
-      ValueError: If there is no trace, or no program in it.
+      ValueError: If there is no trace, more than one (of several sessions or processes), or no program in it.
     """
     files = sorted(trace.glob("**/*.xplane.pb"))
-    if not files:
-        raise ValueError(f"{trace}: holds no trace (*.xplane.pb)")
-    planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes}
+    if len(files) != 1:
+        raise ValueError(f"{trace}: holds {len(files)} traces (*.xplane.pb): name the directory of one")
+    planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(files[0])).planes}
     accelerators = sorted(name for name in planes if name.startswith("/device:") and list(planes[name].lines))
     lines = planes[accelerators[0] if accelerators else "/host:CPU"].lines
     found = [
@@ -61,8 +61,9 @@ def programs(trace: pathlib.Path) -> list[Interval]:
         if line.name == "XLA Modules" or (not accelerators and event.name == WHOLE_PROGRAM)
     ]
     if not found:
-        raise ValueError(f"{files[-1]}: no program of a device in it")
-    return found
+        raise ValueError(f"{files[0]}: no program of a device in it")
+    steps = [event for line in planes["/host:CPU"].lines for event in line.events if event.name == "train"]
+    return found, len(steps)
 
 
 def busy(intervals: list[Interval]) -> float:
@@ -83,19 +84,19 @@ def main() -> None:
     """Trains, unless given a trace; prints and writes the gap."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=pathlib.Path, help="a run's profile directory; default: of a run of its own")
-    parser.add_argument("--steps", type=int, default=60, help="to trace; of --trace, how many were")
+    parser.add_argument("--steps", type=int, default=60, help="to trace, without --trace")
     parser.add_argument("--out", type=pathlib.Path, help="JSON (default: results/gap_<platform>.json)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = programs(options.trace or train(pathlib.Path(folder), options.steps))
+        found, steps = programs(options.trace or train(pathlib.Path(folder), options.steps))
     span = max(end for _, end in found) - min(start for start, _ in found)
     report = {
         "benchmark": "host gap",
         "machine": timing.machine("jaxlib"),
-        "steps": options.steps,
+        "steps": steps,
         "programs": len(found),
-        "step_ms": span / options.steps / 1e6,
-        "gap_ms_a_step": (span - busy(found)) / options.steps / 1e6,
+        "step_ms": span / steps / 1e6,
+        "gap_ms_a_step": (span - busy(found)) / steps / 1e6,
         "gap": 1 - busy(found) / span,
     }
     print(f"{report['step_ms']:.2f} ms a step, of which {report['gap']:.2%} without a program")

@@ -110,14 +110,12 @@ def measure(variants, arguments, rounds):
         np.testing.assert_allclose(value, other_value, rtol=1e-4)
         np.testing.assert_allclose(grad, other_grad, atol=1e-3 * float(jnp.abs(other_grad).max()))
 
-    def twice(run):
-        return lambda: [jax.block_until_ready(run(*arguments)) for _ in range(2)]
+    def until_done(run):
+        return lambda: jax.block_until_ready(run(*arguments))
 
-    # Each variant is timed over two calls, so that it meets its own caches rather than its neighbour's in one of them.
-    times = timing.interleaved({name: twice(run) for name, run in compiled.items()}, rounds)
-    halves = {name: np.divide(sample, 2) for name, sample in times.items()}
-    for name, sample in halves.items():
-        results[name] |= timing.summary(sample, halves["wkd_jax"])
+    times = timing.interleaved({name: until_done(run) for name, run in compiled.items()}, rounds, settle=True)
+    for name, sample in times.items():
+        results[name] |= timing.summary(sample, times["wkd_jax"])
     return results
 
 

@@ -4,13 +4,13 @@
     JAX_PLATFORMS=cpu python -m benchmarks.bench_step --batch 16 --dtype float32 --rounds 9
     python -m benchmarks.bench_step --classes 100 1000 10000 21841 --methods kd wkd_l
 
-A step is what training does once a batch is on the device: augmentation and normalisation, both networks, losses,
-gradients, update; `Program.train_step` as the loop compiles it, with its donated state. Weights and images are random,
-which no time depends on. Methods take turns, forwards and backwards, so that drift of the machine cancels, and a ratio
-is the median over the rounds. Names joined by "+" are trained together. Memory is what the compiler reserves on the
-device; on accelerators the largest that was in use, by all methods together, is in the JSON. Utilisation (MFU) is that
-of the networks' multiply-adds (student three times, teacher once), against the published peak of the chip or, where
-that is unknown, against a large matrix product.
+A step is what training does once a batch is on the device: normalisation, both networks, losses, gradients, update (the
+recipe's crop and flip are made by the workers that decode); `Program.train_step` as the loop compiles it, with its
+donated state. Weights and images are random, which no time depends on. Methods take turns, forwards and backwards, so
+that drift of the machine cancels, and a ratio is the median over the rounds. Names joined by "+" are trained together.
+Memory is what the compiler reserves on the device; on accelerators the largest that was in use, by all methods
+together, is in the JSON. Utilisation (MFU) is that of the networks' multiply-adds (student three times, teacher once),
+against the published peak of the chip or, where that is unknown, against a large matrix product.
 """
 
 from __future__ import annotations

@@ -17,10 +17,12 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "scaling_hlo.json"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published figures of one accelerator; the sources are in docs/scaling.md.
+    """Published figures of one accelerator; the sources are in docs/scaling.md and docs/performance.md.
 
     Attributes:
       tflops: Peak, bfloat16, dense.
+      float32_tflops: Peak of products in full float32: on a TPU six passes of bfloat16.
+      memory: Bytes a second of its memory.
       fabric: Bytes a second that it sends to others of its slice or server, one direction, all links together.
       network: The same between slices or servers, its share of the host's.
       host_chips: Chips of one host.
@@ -28,6 +30,8 @@ class Chip:
     """
 
     tflops: float
+    float32_tflops: float
+    memory: float
     fabric: float
     network: float
     host_chips: int
@@ -35,10 +39,10 @@ class Chip:
 
 
 CHIPS = {
-    "TPU v5e": Chip(197, 200e9, 3.125e9, 4, 56),
-    "TPU v5p": Chip(459, 600e9, 6.25e9, 4, 104),
-    "TPU v6e": Chip(918, 400e9, 12.5e9, 4, 90),
-    "H100 SXM": Chip(989, 450e9, 50e9, 8, 112),
+    "TPU v5e": Chip(197, 197 / 6, 0.819e12, 200e9, 3.125e9, 4, 56),
+    "TPU v5p": Chip(459, 459 / 6, 2.765e12, 600e9, 6.25e9, 4, 104),
+    "TPU v6e": Chip(918, 918 / 6, 1.64e12, 400e9, 12.5e9, 4, 90),
+    "H100 SXM": Chip(989, 67, 3.35e12, 450e9, 50e9, 8, 112),
 }
 UTILISATION = 0.4  # of the peak; an assumption
 DECODED = 600  # images a second and core

@@ -17,23 +17,25 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = 1
+    variants: Mapping[str, Callable[[], object]], rounds: int, *, settle: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each call, by variant. Variants take turns, so that what slows the machine for a while slows all.
 
     Args:
       variants: Functions that return once their work is done on the device.
       rounds: Timed calls of each.
-      warm_up: Untimed calls of each before the first round; a variant also starts from the caches of the one before.
+      settle: Whether an untimed call precedes each timed one, which then meets its own caches and not its neighbour's.
+        Matters for what takes milliseconds. All are called once before the first round in any case.
     """
     for run in variants.values():
-        for _ in range(warm_up):
-            run()
+        run()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
         # Every other round backwards: what follows a heavy neighbour in one round precedes it in the next.
         order = list(variants.items())[:: -1 if number % 2 else 1]
         for name, run in order:
+            if settle:
+                run()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

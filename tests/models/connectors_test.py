@@ -124,3 +124,31 @@ def test_none_is_the_identity():
     projector = build("none", 4, 4, (8, 8), (4, 4))()
     x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3, 4)), jnp.bfloat16)
     assert projector(x, train=True) is x
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("conv1", 4, 4), "unknown projector 'conv1': did you mean 'conv1x1'"),
+        (("conv1x1", 4, 4, (4, 4), (7, 7)), "student's tap is 4 x 4 and the teacher's 7 x 7.*'linear'"),
+        (("conv1x1", 4, 4, (8, 4), (4, 8)), "student's tap is 8 x 4 and the teacher's 4 x 8"),
+        (("bottleneck", 4, 4, (4, 4), (8, 8)), "student's tap is 4 x 4, the teacher's 8 x 8.*'conv1x1', which resizes"),
+        (("bottleneck", Tap(4, 16, "tokens"), 4), "the student's tap has layout 'tokens': choose 'linear'"),
+        (("conv1x1", 4, Tap(4, 16, "tokens")), "the teacher's tap has layout 'tokens': choose 'linear'"),
+        (("none", 4, 8), "student's tap has 4 channels, the teacher's 8: choose 'linear' or 'conv1x1'"),
+    ],
+)
+def test_errors_name_the_remedy(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(*arguments)()
+
+
+@pytest.mark.parametrize(
+    ("image", "stride", "size"), [((32, 32), 4, (8, 8)), ((9, 13), 4, (3, 4)), ((3, 8), 4, (1, 2))]
+)
+def test_spatial_size(image, stride, size):
+    assert connectors.spatial_size(Tap(1, stride), image) == size
+
+
+def test_a_tap_of_fixed_size_keeps_it():
+    assert connectors.spatial_size(Tap(8, 16, size=(7, 7)), (800, 1333)) == (7, 7)

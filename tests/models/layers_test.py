@@ -85,7 +85,7 @@ def test_a_running_mean_far_off_costs_its_squared_distance(ratio):
     norm, want = BatchNorm(4), np.asarray(x, np.float64).var((0, 1, 2), ddof=1)
     norm.momentum = 0.0  # keeps this batch's statistics alone
     _, state = apply(norm, jnp.asarray(x))
-    np.testing.assert_allclose(state["var"], want, rtol=4 * ratio**2 * 2**-24)
+    np.testing.assert_allclose(state["var"], want, rtol=5 * ratio**2 * 2**-24)
     norm.mean.set_value(state["mean"])
     _, state = apply(norm, jnp.asarray(x))
     np.testing.assert_allclose(state["var"], want, rtol=2e-6)
@@ -222,6 +222,24 @@ def test_eight_devices_equal_one(group_size):
     # Groups of one device's 2 examples are normalised where they are; no case moves activations.
     assert ("all-reduce" in program) == (group_size != 2)
     assert not re.search("all-gather|all-to-all|collective-permute", program)
+
+
+def test_shard_map_sums_the_derivatives_of_shared_parameters():
+    structure, params, variables, _ = functional.split(BatchNorm(3))
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(16, 4, 4, 3)), jnp.float32)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def value(params, x):
+        return jnp.sum(jnp.sin(structure.merge(params, variables)(x, train=True)))
+
+    def on_one(params, x):
+        return jax.lax.psum(value(params, x), "data")
+
+    cut = jax.shard_map(on_one, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec())
+    got = jax.jit(jax.grad(cut))(params, x)
+    apart = [jax.grad(value)(params, part) for part in jnp.split(x, 8)]
+    want = jax.tree.map(lambda *leaves: sum(leaves), *apart)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 
 def uniform(array, bound):

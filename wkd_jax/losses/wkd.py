@@ -214,7 +214,8 @@ def wkd_feature(
     Positions are samples and channels are independent, so W2^2 = sum_d (mean difference)^2 + sum_d (std difference)^2
     with std = sqrt(variance + eps). The paper's total is `mean_cov_ratio * mean_term + cov_term`. A `grid` above 1 fits
     one Gaussian to each cell of a grid x grid adaptive pooling (cell i of H covers rows floor(i H / grid) to
-    ceil((i + 1) H / grid) - 1; cells overlap where grid does not divide H) and averages over the cells.
+    ceil((i + 1) H / grid) - 1; cells overlap where grid does not divide H) and averages over the cells. Derivatives are
+    reverse-mode.
 
     Args:
       student: [B, H, W, D] map, or [B, N, D] tokens (grid 1 only), any float dtype; computed in float32 (float64

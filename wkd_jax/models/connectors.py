@@ -1,8 +1,8 @@
 """Learnable projectors from a student's feature to the shape of a teacher's, built from what the models publish.
 
 A projector belongs to a method, trains with the student and never reaches the exported network. It computes in the
-dtype of the feature it is given, which is the student's (statistics of BatchNorm in float32), and starts from torch's
-default values, as the reference code does.
+dtype of the feature it is given, which is the student's (statistics of BatchNorm in float32; multiplications of float32
+at JAX's default precision for the device), and starts from torch's default values, as the reference code does.
 """
 
 from __future__ import annotations

@@ -224,8 +224,8 @@ class BatchNorm(nnx.Module):
     running = momentum * running + (1 - momentum) * batch, where the variance kept is the unbiased one, as in torch
     (Flax keeps the biased one). Evaluation: the running statistics take the batch's place. Statistics and parameters
     are float32 whatever the activations are. The variance is taken around the running mean, in the same pass as the
-    mean: its relative error is about (mean - running mean)^2 / variance roundings, so it matters only in the first
-    steps, and only of channels that vary by less than a thousandth of their mean.
+    mean: its relative error is up to about five times (mean - running mean)^2 / variance roundings. Where the running
+    mean is 30 standard deviations off, as it can be in the first steps, that is 1e-4; 100 off, 2e-3.
 
     Under `jax.jit` a batch cut over devices is one array, so `group_size=None` is what others call synchronised
     BatchNorm. With a group size the batch is cut into groups of that many consecutive examples, each normalised by
@@ -272,8 +272,11 @@ class BatchNorm(nnx.Module):
             y = (widen(x) * factor + offset).astype(x.dtype)
             return nnx.relu(y) if relu else y
         grouped = x.reshape(self._num_groups(x.shape), -1, *x.shape[1:])
-        shift = jax.lax.stop_gradient(self.mean[...])
-        y, mean, var = _normalise(self.eps, relu, grouped, shift, self.scale[...], self.bias[...])
+        # Under `shard_map`: makes these differ between devices as x does, so that their derivatives are summed. A sum
+        # over nothing is zero, and XLA folds it away.
+        zero = jnp.sum(x[:0], dtype=jnp.float32)
+        shift = jax.lax.stop_gradient(self.mean[...] + zero)
+        y, mean, var = _normalise(self.eps, relu, grouped, shift, self.scale[...] + zero, self.bias[...] + zero)
         count = math.prod(grouped.shape[1:-1])
         self._update(self.mean, jnp.mean(mean, 0))
         self._update(self.var, jnp.mean(var, 0) * (count / (count - 1)))
@@ -307,8 +310,8 @@ def _normalise(eps: float, relu: bool, x: Array, shift: Array, scale: Array, bia
     """Normalises groups by their own statistics.
 
     Mean and mean square are taken together, which reads the activations once, and around a `shift` near the mean, since
-    the difference of the two loses digits where the mean is large: the variance has a relative error of about
-    (mean - shift)^2 / variance roundings. The result does not depend on the shift, which counts as a constant.
+    the difference of the two loses digits where the mean is far from it, see `BatchNorm`. The result does not depend on
+    the shift, which counts as a constant.
 
     The derivative is written out, so that it too reads the activations (in their own dtype, nothing wider is kept) and
     their cotangents once for two sums and once more for the result. Differentiated by JAX it is three sums, in passes
@@ -490,31 +493,37 @@ def _max_pool(window: tuple[int, int, int], sides: tuple[int, int], x: Array) ->
     """With a derivative that needs a byte a window: which of its values was the largest.
 
     XLA's own reads the whole input again and, on a GPU, pools bfloat16 in float32: three times the traffic. On CPUs it
-    takes seven times as long. The slices and pads with strides are what a TPU is slow at.
+    takes four times as long. Slices and pads with strides are what TPUs are slow at, and CPUs without the derivative.
 
     Args:
       window: (size, stride, padding).
       sides: Height and width of `x`.
       x: [B, H, W, D].
     """
-    return _max_pool_forward(window, sides, x)[0]
+
+    def slices(x: Array) -> Array:
+        return _max_pool_forward(window, sides, x)[0]
+
+    return jax.lax.platform_dependent(x, cpu=functools.partial(_reduce_window, window), default=slices)
 
 
 def _max_pool_forward(window: tuple[int, int, int], sides: tuple[int, int], x: Array) -> tuple[Array, Array]:
     del sides
     size, stride, padding = window
     border = ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0))
-    padded = jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), border)
+    wide = widen(x)  # CPUs compare bfloat16 slowly
+    padded = jax.lax.pad(wide, jnp.asarray(-jnp.inf, wide.dtype), border)
     height, width = ((side - size) // stride + 1 for side in padded.shape[1:3])
+    kind = jnp.uint8 if size * size <= 256 else jnp.uint32
     best = winner = None
     for number, (i, j) in enumerate(itertools.product(range(size), repeat=2)):
         value = padded[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
         if best is None:
-            best, winner = value, jnp.zeros(value.shape, jnp.uint8)
+            best, winner = value, jnp.zeros(value.shape, kind)
         else:
-            winner = jnp.where(value > best, jnp.uint8(number), winner)
+            winner = jnp.where(value > best, kind(number), winner)
             best = jnp.maximum(best, value)
-    return best, winner
+    return best.astype(x.dtype), winner
 
 
 def _max_pool_backward(

@@ -168,7 +168,7 @@ def plan(
       ValueError: As `run`.
       OSError: If a file of weights is not there, or cannot be downloaded.
     """
-    data, notes = data or data_set(config["data"]), []
+    data, notes = data_set(config["data"]) if data is None else data, []
     if config["teacher"] and config["teacher"]["train"]:
         teacher = _future(config["teacher"]["train"], config["dtype"])
     elif config["teacher"] and config["teacher"]["weights"] and not teacher:
