@@ -247,7 +247,6 @@ class Step:
       compile_s: Seconds of those calls less one more.
       parameters: Trained ones, and the teacher's.
       memory_mb: The most that PyTorch held for this step, on a GPU; else None.
-      loss: Of the last step.
     """
 
     def __init__(
@@ -292,8 +291,7 @@ class Step:
     def run(self) -> None:
         """One step, until it is done."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss = self.model(self.images, self.labels)
-        self.loss.backward()
+        self.model(self.images, self.labels).backward()
         self.optimizer.step()
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -324,6 +322,7 @@ def measure(
 
     torch.compiler.reset()  # its cache is by function and small: the variants of one method fit
     ours = imagenet_step.variant(methods=method.split("+"), **settings)
+    ours.run()  # takes its memory before PyTorch's variants, of which one may find none left
     steps: dict[str, Any] = {"wkd_jax": ours}
     rows: dict[str, dict[str, Any]] = {"wkd_jax": {}}
     for mode in modes:
