@@ -51,7 +51,7 @@ def apply(norm, x, *, train=True):
 @pytest.mark.parametrize("group_size", [None, 2, 8])
 def test_training_matches_float64(shape, group_size):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=shape) * [1.0, 3.0, 0.1] + [0.0, -4.0, 0.2]
+    x = rng.normal(size=shape) * [1.0, 3.0, 0.1] + [0.0, -4.0, 2.0]
     scale, bias = np.array([0.5, 1.0, -2.0]), np.array([1.0, 0.0, 3.0])
     norm = BatchNorm(3, group_size=group_size)
     norm.scale.set_value(jnp.asarray(scale, jnp.float32))
@@ -67,28 +67,22 @@ def test_training_matches_float64(shape, group_size):
 # keep no digit of the variance in the last three cases. Rounding of x itself is in the oracle's input too.
 @pytest.mark.parametrize(("offset", "spread"), [(0.0, 1.0), (-300.0, 0.03), (1e4, 1.0), (1e6, 10.0)])
 def test_large_means_keep_the_variance(offset, spread):
-    """Once the running mean is where the batches are, give or take a spread."""
     x = np.float32(np.random.default_rng(1).normal(offset, spread, size=(16, 9, 9, 4)))
-    norm = BatchNorm(4)
-    norm.mean.set_value(jnp.full(4, offset + spread))
-    y, state = apply(norm, jnp.asarray(x))
+    y, state = apply(BatchNorm(4), jnp.asarray(x))
     want, mean, var = oracle(x)
     np.testing.assert_allclose(y, want, atol=1e-4)
-    np.testing.assert_allclose(state["mean"], 0.9 * (offset + spread) + mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state["mean"], mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state["var"], var, rtol=1e-5)
 
 
-@pytest.mark.parametrize("ratio", [3.0, 30.0, 300.0])
-def test_a_running_mean_far_off_costs_its_squared_distance(ratio):
-    """The bound that the docstring gives, and that the following steps shrink it as the running mean draws near."""
-    x = np.float32(np.random.default_rng(2).normal(ratio, 1.0, size=(16, 9, 9, 4)))
-    norm, want = BatchNorm(4), np.asarray(x, np.float64).var((0, 1, 2), ddof=1)
-    norm.momentum = 0.0  # keeps this batch's statistics alone
-    _, state = apply(norm, jnp.asarray(x))
-    np.testing.assert_allclose(state["var"], want, rtol=5 * ratio**2 * 2**-24)
-    norm.mean.set_value(state["mean"])
-    _, state = apply(norm, jnp.asarray(x))
-    np.testing.assert_allclose(state["var"], want, rtol=2e-6)
+def test_shift_far_from_the_mean_is_bounded():
+    # The worst case of the shift: the middle position of every map is an outlier. A few times P = 81 roundings.
+    x = np.random.default_rng(2).normal(size=(16, 9, 9, 4))
+    x[:, 4, 4] += 1e4
+    y, state = apply(BatchNorm(4), jnp.asarray(x, jnp.float32))
+    want, _, var = oracle(np.float32(x))
+    np.testing.assert_allclose(y, want, rtol=3 * 81 * 1.2e-7, atol=3 * 81 * 1.2e-7)
+    np.testing.assert_allclose(state["var"], var, rtol=3 * 81 * 1.2e-7)
 
 
 @pytest.mark.parametrize("group_size", [None, 2])
@@ -119,15 +113,15 @@ def test_gradient_matches_float64(group_size):
 
 
 def test_bfloat16_activations_have_float32_statistics():
-    # At mean 2 and spread 0.5 a bfloat16 sum of 1296 terms would stop growing long before its end.
-    x = jnp.asarray(np.random.default_rng(4).normal(2.0, 0.5, size=(16, 9, 9, 2)), jnp.bfloat16)
+    # At mean 8 and spread 0.5 a bfloat16 sum of 1296 terms would stop growing long before its end.
+    x = jnp.asarray(np.random.default_rng(4).normal(8.0, 0.5, size=(16, 9, 9, 2)), jnp.bfloat16)
     y, state = apply(BatchNorm(2), x)
     want, mean, var = oracle(x)
     assert y.dtype == jnp.bfloat16
     assert state["mean"].dtype == state["var"].dtype == jnp.float32
     np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=2**-8, atol=1e-6)  # one rounding, of the output
     np.testing.assert_allclose(state["mean"], mean, rtol=1e-6)
-    np.testing.assert_allclose(state["var"], var, rtol=4e-6)
+    np.testing.assert_allclose(state["var"], var, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -204,7 +198,7 @@ def test_errors_name_the_sizes():
 @pytest.mark.parametrize("group_size", [None, 2, 4])
 def test_eight_devices_equal_one(group_size):
     structure, params, variables, _ = functional.split(BatchNorm(3, group_size=group_size))
-    x = jnp.asarray(np.random.default_rng(6).normal(0.2, 1.0, size=(16, 4, 4, 3)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(6).normal(2.0, 1.0, size=(16, 4, 4, 3)), jnp.float32)
     mesh = Mesh(np.array(jax.devices()).reshape(8, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
 

@@ -102,6 +102,7 @@ def build(
       ValueError: If there is no such projector, or it cannot serve these taps; the message names a remedy.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> student, teacher = Tap(channels=64, stride=4), Tap(channels=256, stride=4)
       >>> projector = build("conv1x1", student, teacher, student_size=(8, 8), teacher_size=(8, 8), rngs=nnx.Rngs(0))
       >>> projector(jnp.zeros((2, 8, 8, 64)), train=True).shape
