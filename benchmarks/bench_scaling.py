@@ -59,9 +59,7 @@ def measure(pair: str, *, devices: int, batch: int, group: int | None, model: in
     plan = imagenet_step.planned(settings, data, jax.devices()[:devices], mesh=sizes, sharding=chosen)
     inputs = build.abstract_batch(batch, data, NamedSharding(plan.mesh, PartitionSpec("data")))
     arrays = plan.state, plan.frozen
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
-    replicated = NamedSharding(plan.mesh, PartitionSpec())
-    step = jax.jit(plan.program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
+    step = build.train_step(plan)
     start = time.perf_counter()
     lowered = step.lower(*arrays, inputs)
     with tempfile.TemporaryDirectory() as folder:

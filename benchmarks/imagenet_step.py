@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from wkd_jax import config as config_lib
 from wkd_jax import registry
@@ -174,11 +173,8 @@ def variant(
     chosen = {name: (settings or {}).get(name, {}) for name in methods}
     made = built(config(pair, chosen, batch=batch, dtype=dtype), data)
     images = sharding.global_batch(batch_of(batch, data), made.mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, made.state)
-    replicated = NamedSharding(made.mesh, PartitionSpec())
-    step = jax.jit(made.program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
     start = time.perf_counter()
-    compiled = step.lower(made.state, made.frozen, images).compile()
+    compiled = build.train_step(made).lower(made.state, made.frozen, images).compile()
     seconds = time.perf_counter() - start
     return Step(compiled, made.state, made.frozen, images, seconds, made.parameters, needed_mb(compiled))
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from wkd_jax import config as config_lib
 from wkd_jax import registry
@@ -66,9 +65,7 @@ def batch(built: build.Run, step: int = 0) -> Batch:
 
 def steps(built: build.Run, count: int, *, same_batch: bool = False):
     """Runs the train step a few times; gives the state, the metrics of each step, and the number of compilations."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
-    replicated = NamedSharding(built.mesh, PartitionSpec())
-    step = jax.jit(built.program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
+    step = build.train_step(built)
     state, metrics = built.state, []
     for number in range(count):
         state, values = step(state, built.frozen, batch(built, 0 if same_batch else number))

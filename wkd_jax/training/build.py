@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wkd_jax import config as config_lib
 from wkd_jax import interrelation, registry, weights
@@ -255,6 +255,16 @@ def run(
     placed = sharding.place(tuple(arrays), mesh, config["sharding"])
     state, frozen = jax.tree.map(sharding.put, tuple(arrays), placed)
     return Run(program, state, frozen, mesh, program.task.num_classes, _count(state.params, teacher), tuple(notes))
+
+
+def train_step(made: Run | Plan) -> Any:
+    """The jitted train step (state, frozen, batch) -> (state, metrics) of a run or a plan: how the loop runs it.
+
+    The state is donated and keeps its places; metrics are on every device.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, made.state)
+    replicated = NamedSharding(made.mesh, PartitionSpec())
+    return jax.jit(made.program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
 def _assemble(

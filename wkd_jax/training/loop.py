@@ -137,8 +137,7 @@ def _train(
     """Trains to the end, or until `notice`. `notes` are sentences to show when there is something to show them on."""
     program, clock = built.program, built.program.clock
     replicated = NamedSharding(built.mesh, PartitionSpec())
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, built.state)
-    train_step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
+    train_step = build.train_step(built)
     eval_step = jax.jit(program.eval_step, out_shardings=replicated)
     inputs = data.training(
         global_batch_size=config["global_batch_size"] // config["accumulation"],

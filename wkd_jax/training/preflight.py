@@ -97,9 +97,7 @@ def _compile(config: Mapping[str, Any], plan: Plan) -> tuple[float, Any]:
     size, parts = config["global_batch_size"], config["accumulation"]
     lead, spec = ((size,), ("data",)) if parts == 1 else ((parts, size // parts), (None, "data"))
     batch = build.abstract_batch(lead, plan.data, NamedSharding(plan.mesh, PartitionSpec(*spec)))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
-    replicated = NamedSharding(plan.mesh, PartitionSpec())
-    step = jax.jit(plan.program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
+    step = build.train_step(plan)
     started = time.monotonic()
     compiled = step.lower(plan.state, plan.frozen, batch).compile()
     return time.monotonic() - started, compiled
