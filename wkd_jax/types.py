@@ -48,6 +48,9 @@ class Outputs:
       logits: [B, C], or [B, R, C] where each image has several rows.
       taps: Named intermediate features, NHWC or [B, N, D], as the model's `ModelInfo` says.
       pooled: [B, D], the classifier's input.
+      positions: [B, H, W, D], the map that `pooled` is the mean of over its positions: behind the last norm and ReLU.
+        None where it is not such a mean (`ModelInfo.mean_pooled`).
+      preactivations: Some taps before their last ReLU, by the tap's name, as `Tap.preactivation` says.
       valid: [B, R] bool, rows of `logits` that count; None where all do.
       extra: What one model family adds, such as proposals or class maps.
     """
@@ -55,6 +58,8 @@ class Outputs:
     logits: Array
     taps: dict[str, Array] = dataclasses.field(default_factory=dict)
     pooled: Array | None = None
+    positions: Array | None = None
+    preactivations: dict[str, Array] = dataclasses.field(default_factory=dict)
     valid: Array | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -72,6 +77,7 @@ class Tap:
       size: (height, width) in positions where it does not follow from the image's (pooled regions); else None.
       rounding: Where the stride does not divide the image's side: "up", as padded convolutions do, or "down", as
         unpadded ones.
+      preactivation: Whether `Outputs.preactivations` has it before its last ReLU.
     """
 
     channels: int
@@ -81,6 +87,7 @@ class Tap:
     prefix_tokens: int = 0
     size: tuple[int, int] | None = None
     rounding: Literal["up", "down"] = "up"
+    preactivation: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +101,7 @@ class ModelInfo:
       pooled: Channels of `Outputs.pooled`.
       classifier: Path of the classifier's kernel [D, C] inside the model, such as "fc/kernel".
       image_size: (height, width) where the network takes images of one size only (position embeddings); else None.
+      mean_pooled: Whether `Outputs.positions` exists, so that the classifier can be applied at each position.
     """
 
     name: str
@@ -102,6 +110,7 @@ class ModelInfo:
     pooled: int
     classifier: str
     image_size: tuple[int, int] | None = None
+    mean_pooled: bool = False
 
     @property
     def last_tap(self) -> str:
@@ -243,6 +252,8 @@ class Method(Protocol):
     Attributes:
       DEFAULTS: Every key of the method's config with its default; a key that is not there is refused.
       NEEDS_TEACHER: False where the method distils a network into itself.
+      SHARDING: ((regex of its variables' paths, partition spec), ...), optional: where its large variables go, if no
+        rule of the config places them and the mesh divides them.
     """
 
     DEFAULTS: Mapping[str, Any]

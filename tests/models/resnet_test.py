@@ -105,6 +105,41 @@ def test_every_network_publishes_what_it_is(name):
     assert type(model).KEY_STYLES
 
 
+FAMILIES = sorted({factory.family: name for name, factory in sorted(registry.entries("models").items())}.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_positions_and_preactivations(name):
+    """What they are published as, and what they are: pooled is the mean over positions, a tap is ReLU of the other."""
+    factory = registry.get("models", name)
+    model = nnx.eval_shape(lambda: factory(3, rngs=nnx.Rngs(0)))
+    info, size = model.info, model.info.image_size or type(model).IMAGE_SIZE
+    run = lambda x: factory(3, rngs=nnx.Rngs(0))(x, train=False)  # noqa: E731
+    outputs = jax.eval_shape(run, jax.ShapeDtypeStruct((2, *size, 3), jnp.float32))
+    assert info.mean_pooled == (outputs.positions is not None)
+    assert {tap for tap, published in info.taps.items() if published.preactivation} == {*outputs.preactivations}
+    for tap, value in outputs.preactivations.items():
+        assert value.shape == outputs.taps[tap].shape
+    if info.mean_pooled:
+        assert (outputs.positions.ndim, outputs.positions.shape[-1]) == (4, info.pooled)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenetv1", "wrn_16_2"])
+def test_values_of_positions_and_preactivations(name, filled):
+    model = filled(lambda: registry.get("models", name)(3, rngs=nnx.Rngs(0)))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40, 33, 3)), jnp.float32)
+    outputs = model(x, train=False)
+    kernel = functional.value(model, model.info.classifier)
+    bias = functional.value(model, model.info.classifier.replace("kernel", "bias"))
+    logits = (outputs.positions @ kernel).mean((1, 2)) + bias
+    np.testing.assert_allclose(logits, outputs.logits, rtol=1e-4, atol=1e-5 * float(jnp.abs(logits).max()))
+    for tap, value in outputs.preactivations.items():
+        assert bool((value < 0).any())
+        np.testing.assert_array_equal(nnx.relu(value), outputs.taps[tap])
+    with pytest.raises(ValueError, match="no array 'fc/kernle'"):
+        functional.value(model, "fc/kernle")
+
+
 class Tiny(Staged):
     """Halves the map twice, without padding."""
 
@@ -121,7 +156,7 @@ class Tiny(Staged):
 
     def _head(self, x, *, train, rngs):
         pooled = x.mean((1, 2))
-        return pooled, pooled[:, :2]
+        return None, pooled, pooled[:, :2]
 
 
 def test_too_small_an_image():

@@ -184,13 +184,12 @@ def _step(devices, accumulation):
         optimizer=optax.sgd(0.1),
         learning_rate=lambda step: 0.1,
         clock=Clock(32, BATCH, 10),
-        seed=0,
         ema=0.0,
         accumulation=accumulation,
     )
     mesh = sharding.make_mesh({"data": devices, "model": 1}, jax.devices()[:devices])
     state = TrainState(jnp.zeros((), jnp.int32), params, variables, program.optimizer.init(params), {})
-    state, frozen = jax.device_put((state, Frozen(constants, arrays)), jax.NamedSharding(mesh, jax.P()))
+    state, frozen = jax.device_put((state, Frozen(constants, arrays, jnp.int32(0))), jax.NamedSharding(mesh, jax.P()))
     batch = jax.tree.map(np.asarray, _batch())
     parts = [jax.tree.map(lambda leaf, i=i: np.split(leaf, accumulation)[i], batch) for i in range(accumulation)]
     placed = sharding.microbatches(iter(parts), accumulation, mesh)

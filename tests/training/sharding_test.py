@@ -55,6 +55,16 @@ def test_bad_rules(rule, message):
         sharding.place({"fc/bias": jnp.ones(6), "fc/odd": jnp.ones(5)}, mesh, [rule])
 
 
+def test_what_a_method_prefers_is_followed_where_it_fits():
+    mesh = sharding.make_mesh({"data": 8, "model": 1})
+    state = {"methods/crd/bank": jnp.ones((10, 16)), "methods/crd/odd_bank": jnp.ones((10, 12))}
+    preferred = [("^methods/crd/.*bank", (None, "data"))]
+    placed = sharding.place(state, mesh, (), preferred)
+    assert [placed[name].spec for name in state] == [P(None, "data"), P()]
+    placed = sharding.place(state, mesh, [("/bank$", ())], preferred)
+    assert placed["methods/crd/bank"].spec == P()  # a rule of the config goes first
+
+
 def test_global_batch_is_cut_over_the_data_axis():
     mesh = sharding.make_mesh({"data": -1, "model": 1})
     images = np.arange(16 * 2 * 2 * 3, dtype=np.uint8).reshape(16, 2, 2, 3)
@@ -67,7 +77,7 @@ def test_global_batch_is_cut_over_the_data_axis():
 
 def test_a_teacher_has_rules_of_its_own():
     mesh = sharding.make_mesh({"data": 4, "model": 2})
-    frozen = Frozen(constants={}, teacher={"fc/kernel": jnp.ones((4, 6))})
+    frozen = Frozen(constants={}, teacher={"fc/kernel": jnp.ones((4, 6))}, seed=jnp.int32(0))
     params = {"student/fc/kernel": jnp.ones((4, 6))}
     placed, teacher = sharding.place((params, frozen), mesh, [("^teacher/fc/kernel$", (None, "model"))])
     assert teacher.teacher["fc/kernel"].spec == P(None, "model")

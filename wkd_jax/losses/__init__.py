@@ -11,6 +11,7 @@ loads jax and numpy only; the first transport solved loads ott, and with it Flax
 """
 
 from wkd_jax.losses.classification import cross_entropy
+from wkd_jax.losses.feature import adaptive_average_pool, mse
 from wkd_jax.losses.gaussian import gaussian_w2
 from wkd_jax.losses.kl import kd, kl
 from wkd_jax.losses.similarity import cka, cosine_similarity, ground_cost
@@ -19,6 +20,7 @@ from wkd_jax.losses.wkd import wkd_feature, wkd_logit, wkd_logit_unseparated
 
 __all__ = [
     "SinkhornOutput",
+    "adaptive_average_pool",
     "cka",
     "cosine_similarity",
     "cross_entropy",
@@ -26,6 +28,7 @@ __all__ = [
     "ground_cost",
     "kd",
     "kl",
+    "mse",
     "sinkhorn",
     "wkd_feature",
     "wkd_logit",

@@ -13,6 +13,7 @@ from wkd_jax.types import Array, Progress
 DEFAULTS: dict[str, Any] = {
     "name": "constant",  # constant or cosine
     "start": 0,  # cosine: the last epoch with the full weight
+    "warmup": 0,  # epochs over which the weight rises linearly to its full value; 0: none
 }
 
 
@@ -31,6 +32,8 @@ def check(method: str, base: float, schedule: Mapping[str, Any], epochs: int) ->
         raise ValueError(
             f"methods.{method}.schedule.start={schedule['start']}: must be from 0 to below the run's epochs, {epochs}"
         )
+    if schedule["warmup"] < 0:
+        raise ValueError(f"methods.{method}.schedule.warmup={schedule['warmup']}: must be 0 or more epochs")
     if schedule["name"] == "cosine" and epochs == 1:
         raise ValueError(
             f"methods.{method}.schedule.name='cosine' ends at 0 in the last epoch, and this run has only one: train "
@@ -43,11 +46,14 @@ def weight(base: float, schedule: Mapping[str, Any], progress: Progress) -> Arra
 
     "cosine" is the released WKD code's decay: the full weight up to and including epoch `start`, then
     base / 2 * (1 + cos(pi (e - start) / (epochs - start))) with the 1-based epoch e, constant within an epoch and 0
-    in the last one. The paper does not mention it.
+    in the last one. The paper does not mention it. `warmup` multiplies either by min(e / warmup, 1), as DKD and
+    ReviewKD do.
 
     Returns:
       float32 scalar.
     """
+    if schedule["warmup"]:
+        base = base * jnp.minimum(progress.epoch / schedule["warmup"], 1)
     if schedule["name"] == "constant":
         return jnp.asarray(base, jnp.float32)
     start = schedule["start"]

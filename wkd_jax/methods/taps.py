@@ -1,9 +1,12 @@
-"""Taps by the names that configs use."""
+"""Taps by the names that configs use, and tokens as maps."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from wkd_jax import registry
-from wkd_jax.types import ModelInfo, Tap
+from wkd_jax.models import connectors
+from wkd_jax.types import Array, ModelInfo, Tap
 
 
 def find_tap(info: ModelInfo, name: str, key: str) -> tuple[str, Tap]:
@@ -16,3 +19,27 @@ def find_tap(info: ModelInfo, name: str, key: str) -> tuple[str, Tap]:
     if name not in info.taps:
         raise ValueError(f"{key}: {registry.unknown(f'tap of {info.name}', name, ['last', *info.taps])}")
     return name, info.taps[name]
+
+
+def as_map(tap: Tap) -> Tap:
+    """What `map_of` makes of a tap: a map without its leading tokens.
+
+    Example:
+      >>> tap = as_map(Tap(192, 16, "tokens", signed=True, prefix_tokens=1))
+      >>> tap.layout, tap.prefix_tokens
+      ('NHWC', 0)
+    """
+    return dataclasses.replace(tap, layout="NHWC", prefix_tokens=0)
+
+
+def map_of(x: Array, tap: Tap, image_size: tuple[int, int]) -> Array:
+    """A tap's feature as a map [B, H, W, D]: tokens [B, N, D] without the leading ones, row by row; maps as they are.
+
+    Args:
+      x: The feature.
+      tap: What the model publishes about it.
+      image_size: (height, width) of the images, pixels.
+    """
+    if tap.layout == "NHWC":
+        return x
+    return x[:, tap.prefix_tokens :].reshape(x.shape[0], *connectors.spatial_size(tap, image_size), x.shape[-1])

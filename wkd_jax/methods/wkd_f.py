@@ -30,7 +30,7 @@ class WKDFeature(nnx.Module):
         "grid": 4,  # cells along each side, each with its own Gaussian
         "ddof": 1,  # 1: the code's unbiased variance; 0: the paper's
         "eps": 1e-5,  # added to the variance
-        "schedule": {"name": "cosine", "start": 0},
+        "schedule": {**schedule.DEFAULTS, "name": "cosine"},
     }
     NEEDS_TEACHER = True
 

@@ -33,7 +33,7 @@ class WKDLogit(nnx.Module):
         "gradient": "unrolled",  # or implicit, envelope: for converged solves
         "stabilizer": 1e-8,  # added to the updates' denominators
         "exact_marginal": "student",  # student as in the code, teacher as in the paper: whom the last update meets
-        "schedule": {"name": "cosine", "start": 0},
+        "schedule": {**schedule.DEFAULTS, "name": "cosine"},
     }
     NEEDS_TEACHER = True
 

@@ -71,12 +71,16 @@ class Staged(nnx.Module):
         del style
         return {}
 
-    def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
-        """The part that ends in the tap `name`, from the tap before it (or the image)."""
+    def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array | tuple[Array, Array]:
+        """The part that ends in the tap `name`, from the tap before it (or the image).
+
+        Returns:
+          The tap; where its `preactivation` is set, (tap, the same before the last ReLU).
+        """
         raise NotImplementedError
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
-        """(pooled [B, D], logits [B, C]), both float32, from the last tap."""
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
+        """(positions, pooled, logits) of `Outputs` from the last tap; pooled and logits float32."""
         raise NotImplementedError
 
     def __call__(self, image: Array, *, train: bool, rngs: nnx.Rngs | None = None) -> Outputs:
@@ -111,20 +115,25 @@ class Staged(nnx.Module):
 
     def _run(self, x: Array, parts: Sequence[str], *, train: bool, rngs: nnx.Rngs | None) -> Outputs:
         """The named parts, then the head."""
-        x, taps, given = x.astype(self.dtype), {}, x.shape
+        x, given = x.astype(self.dtype), x.shape
+        taps: dict[str, Array] = {}
+        preactivations: dict[str, Array] = {}
         for part in parts:
             run = _runner(part, train)
-            x = taps[part] = (nnx.remat(run) if self.remat and train else run)(self, x, rngs)
+            x = (nnx.remat(run) if self.remat and train else run)(self, x, rngs)
+            if isinstance(x, tuple):
+                x, preactivations[part] = x
+            taps[part] = x
             if 0 in x.shape:
                 raise ValueError(f"{self.name}: an input of {given} is too small, {part} would have shape {x.shape}")
-        pooled, logits = self._head(x, train=train, rngs=rngs)
-        return Outputs(logits=logits, taps=taps, pooled=pooled)
+        positions, pooled, logits = self._head(x, train=train, rngs=rngs)
+        return Outputs(logits, taps, pooled, positions, preactivations)
 
 
-def _runner(part: str, train: bool) -> Callable[[Staged, Array, nnx.Rngs | None], Array]:
+def _runner(part: str, train: bool) -> Callable[[Staged, Array, nnx.Rngs | None], Any]:
     """A part as a function of everything it reads and changes, as `nnx.remat` needs it."""
 
-    def run(network: Staged, x: Array, rngs: nnx.Rngs | None) -> Array:
+    def run(network: Staged, x: Array, rngs: nnx.Rngs | None) -> Any:
         return network._part(part, x, train=train, rngs=rngs)
 
     return run

@@ -125,6 +125,7 @@ class CifarMobileNetV2(Staged):
             taps={"stem": Tap(STEM, 2), **stages},
             pooled=HEAD,
             classifier="classifier/0/kernel",
+            mean_pooled=True,
         )
 
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
@@ -136,10 +137,11 @@ class CifarMobileNetV2(Staged):
                 x = block(x, train=train)
         return x
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del rngs
-        pooled = mean_over_positions(self.conv2(x, train=train))
-        return pooled, self.classifier[0](pooled)
+        x = self.conv2(x, train=train)
+        pooled = mean_over_positions(x)
+        return x, pooled, self.classifier[0](pooled)
 
 
 REGISTER = factories(CifarMobileNetV2, ["cifar_mobilenetv2"])

@@ -50,7 +50,8 @@ class CifarResNet(Staged):
     """A network of `SPECS` for [B, H, W, 3] images of any size; a `wkd_jax.types.Model`.
 
     Taps, all after a ReLU: "stem" and "stage1" at the image's size, "stage2" at half of it, "stage3" at a quarter
-    (rounded up). Taps have the compute dtype; `pooled` and `logits` are float32.
+    (rounded up); preactivations of the stages are the sums before it. Taps have the compute dtype; `pooled` and
+    `logits` are float32.
 
     Args:
       name: Key of `SPECS`.
@@ -108,23 +109,27 @@ class CifarResNet(Staged):
         return ModelInfo(
             name=self.name,
             num_classes=self.num_classes,
-            taps={tap: Tap(width, stride) for (tap, stride), width in zip(strides.items(), widths, strict=True)},
+            taps={
+                tap: Tap(width, stride, preactivation=tap != "stem")
+                for (tap, stride), width in zip(strides.items(), widths, strict=True)
+            },
             pooled=widths[-1],
             classifier="fc/kernel",
+            mean_pooled=True,
         )
 
-    def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
+    def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array | tuple[Array, Array]:
         del rngs
         if name == "stem":
             return conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
         for block in {"stage1": self.layer1, "stage2": self.layer2, "stage3": self.layer3}[name]:
-            x = block(x, train=train)
-        return x
+            x, before = block(x, train=train)
+        return x, before
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del train, rngs
         pooled = mean_over_positions(x)
-        return pooled, self.fc(pooled)
+        return x, pooled, self.fc(pooled)
 
 
 REGISTER = factories(CifarResNet, SPECS)

@@ -166,10 +166,10 @@ class ConvNeXt(Staged):
         stage = self.stages[int(name[-1]) - 1]
         return stage(x, train=train, rngs=rngs)
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del train, rngs
         pooled = self.head.norm(mean_over_positions(x))
-        return pooled, self.head.fc(pooled)
+        return None, pooled, self.head.fc(pooled)
 
 
 REGISTER = factories(ConvNeXt, SPECS)

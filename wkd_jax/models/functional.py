@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wkd_jax.types import Params
+from wkd_jax.types import Array, Params
 
 
 class Memory(nnx.Variable):
@@ -75,6 +75,18 @@ def split(module: nnx.Module) -> tuple[Structure, Params, Params, Params]:
 def variables(module: nnx.Module) -> Params:
     """The carried state (`BatchStat`, `Memory`) of a module after it was called."""
     return _flatten(nnx.state(module, nnx.Any(nnx.BatchStat, Memory)))
+
+
+def value(module: nnx.Module, name: str) -> Array:
+    """One array of a module by its name, such as "fc/kernel".
+
+    Raises:
+      ValueError: If it has none of that name.
+    """
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        if _name(path) == name:
+            return variable.get_value()
+    raise ValueError(f"the module has no array {name!r}")
 
 
 def update(module: nnx.Module, arrays: Params) -> None:

@@ -86,21 +86,27 @@ class MobileNetV1(Staged):
         return ModelInfo(
             name=self.name,
             num_classes=self.num_classes,
-            taps={tap: Tap(width, 4 << i) for i, (tap, width) in enumerate(zip(PARTS, widths, strict=True))},
+            taps={
+                tap: Tap(width, 4 << i, preactivation=True)
+                for i, (tap, width) in enumerate(zip(PARTS, widths, strict=True))
+            },
             pooled=widths[-1],
             classifier="fc/kernel",
+            mean_pooled=True,
         )
 
-    def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
+    def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
         del rngs
-        for index in PARTS[name]:
+        *units, last = PARTS[name]
+        for index in units:
             x = self.model[index](x, train=train)
-        return x
+        x = self.model[last](x, train=train, last_relu=False)
+        return nnx.relu(x), x
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del train, rngs
         pooled = mean_over_positions(x)
-        return pooled, self.fc(pooled)
+        return x, pooled, self.fc(pooled)
 
 
 REGISTER = factories(MobileNetV1, ["mobilenetv1"])

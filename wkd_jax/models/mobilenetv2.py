@@ -191,7 +191,12 @@ class MobileNetV2(Staged):
     def info(self) -> ModelInfo:
         """Taps and sizes."""
         return ModelInfo(
-            name=self.name, num_classes=self.num_classes, taps=TAPS, pooled=HEAD, classifier="classifier/1/kernel"
+            name=self.name,
+            num_classes=self.num_classes,
+            taps=TAPS,
+            pooled=HEAD,
+            classifier="classifier/1/kernel",
+            mean_pooled=True,
         )
 
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
@@ -200,9 +205,9 @@ class MobileNetV2(Staged):
             x = self.features[index](x, train=train)
         return x
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         pooled = mean_over_positions(x)
-        return pooled, self.classifier["1"](dropout(pooled, self.dropout_rate, train=train, rngs=rngs))
+        return x, pooled, self.classifier["1"](dropout(pooled, self.dropout_rate, train=train, rngs=rngs))
 
 
 REGISTER = factories(MobileNetV2, ["mobilenetv2"])

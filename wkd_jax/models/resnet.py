@@ -41,11 +41,11 @@ class BasicBlock(nnx.Module):
         """The normalisation before the sum."""
         return self.bn2
 
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        """Maps [B, H, W, in_features] to [B, ceil(H / stride), ceil(W / stride), width]."""
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
+        """Maps [B, H, W, in_features] to [B, ceil(H / stride), ceil(W / stride), width], also before its ReLU."""
         y = conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
-        y = conv_norm(y, self.conv2, self.bn2, train=train)
-        return nnx.relu(y + _apply_shortcut(self.downsample, x, train=train))
+        y = conv_norm(y, self.conv2, self.bn2, train=train) + _apply_shortcut(self.downsample, x, train=train)
+        return nnx.relu(y), y
 
 
 class Bottleneck(nnx.Module):
@@ -71,12 +71,12 @@ class Bottleneck(nnx.Module):
         """The normalisation before the sum."""
         return self.bn3
 
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        """Maps [B, H, W, in_features] to [B, ceil(H / stride), ceil(W / stride), 4 * width]."""
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, Array]:
+        """Maps [B, H, W, in_features] to [B, ceil(H / stride), ceil(W / stride), 4 * width], also before its ReLU."""
         y = conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
         y = conv_norm(y, self.conv2, self.bn2, train=train, relu=True)
-        y = conv_norm(y, self.conv3, self.bn3, train=train)
-        return nnx.relu(y + _apply_shortcut(self.downsample, x, train=train))
+        y = conv_norm(y, self.conv3, self.bn3, train=train) + _apply_shortcut(self.downsample, x, train=train)
+        return nnx.relu(y), y
 
 
 Block = BasicBlock | Bottleneck
@@ -114,7 +114,7 @@ class ResNet(Staged):
     """A network of `SPECS` for [B, H, W, 3] images of any size; a `wkd_jax.types.Model`.
 
     Taps, all after a ReLU: "stem" (before the max-pool) at half the image's size, "stage1" to "stage4" at a quarter to
-    a thirty-second (rounded up).
+    a thirty-second (rounded up), whose preactivations are the sums before it.
 
     Args:
       name: Key of `SPECS`.
@@ -174,16 +174,17 @@ class ResNet(Staged):
     def info(self) -> ModelInfo:
         """Taps and sizes."""
         expansion = SPECS[self.name].block.EXPANSION
-        stages = {f"stage{i + 1}": Tap(expansion * width, 4 << i) for i, width in enumerate(WIDTHS)}
+        stages = {f"stage{i + 1}": Tap(expansion * width, 4 << i, preactivation=True) for i, width in enumerate(WIDTHS)}
         return ModelInfo(
             name=self.name,
             num_classes=self.num_classes,
             taps={"stem": Tap(WIDTHS[0], 2), **stages},
             pooled=expansion * WIDTHS[-1],
             classifier="fc/kernel",
+            mean_pooled=True,
         )
 
-    def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
+    def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array | tuple[Array, Array]:
         del rngs
         if name == "stem":
             return conv_norm(x, self.conv1, self.bn1, train=train, relu=True)
@@ -191,13 +192,13 @@ class ResNet(Staged):
             x = max_pool(x, 3, stride=2, padding=1)
         blocks = {"stage1": self.layer1, "stage2": self.layer2, "stage3": self.layer3, "stage4": self.layer4}[name]
         for block in blocks:
-            x = block(x, train=train)
-        return x
+            x, before = block(x, train=train)
+        return x, before
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del train, rngs
         pooled = mean_over_positions(x)
-        return pooled, self.fc(pooled)
+        return x, pooled, self.fc(pooled)
 
 
 def _layers(dtype: Any, norm_group_size: int | None, rngs: nnx.Rngs) -> tuple[Any, Any]:

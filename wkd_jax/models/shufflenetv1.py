@@ -120,6 +120,7 @@ class ShuffleNetV1(Staged):
             taps={tap: Tap(width, stride) for (tap, stride), width in strides_widths},
             pooled=WIDTHS[-1],
             classifier="linear/kernel",
+            mean_pooled=True,
         )
 
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
@@ -130,10 +131,10 @@ class ShuffleNetV1(Staged):
             x = unit(x, train=train)
         return x
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del train, rngs
         pooled = mean_over_positions(x)
-        return pooled, self.linear(pooled)
+        return x, pooled, self.linear(pooled)
 
 
 REGISTER = factories(ShuffleNetV1, ["shufflenetv1"])

@@ -138,6 +138,7 @@ class ShuffleNetV2(Staged):
             taps={tap: Tap(width, stride) for (tap, stride), width in strides_widths},
             pooled=HEAD,
             classifier="linear/kernel",
+            mean_pooled=True,
         )
 
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
@@ -148,11 +149,11 @@ class ShuffleNetV2(Staged):
             x = unit(x, train=train)
         return x
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del rngs
         x = conv_norm(x, self.conv2, self.bn2, train=train, relu=True)
         pooled = mean_over_positions(x)
-        return pooled, self.linear(pooled)
+        return x, pooled, self.linear(pooled)
 
 
 REGISTER = factories(ShuffleNetV2, ["shufflenetv2"])

@@ -276,6 +276,7 @@ class Swin(Staged):
             taps=taps,
             pooled=self._widths[-1],
             classifier="head/fc/kernel",
+            mean_pooled=True,
         )
 
     def buffers(self, style: str) -> dict[str, np.ndarray]:
@@ -299,10 +300,11 @@ class Swin(Staged):
         stage = self.layers[int(name[-1]) - 1]
         return stage(x, train=train, rngs=rngs)
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del train, rngs
-        pooled = mean_over_positions(self.norm(x))
-        return pooled, self.head.fc(pooled)
+        x = self.norm(x)
+        pooled = mean_over_positions(x)
+        return x, pooled, self.head.fc(pooled)
 
 
 REGISTER = factories(Swin, SPECS)

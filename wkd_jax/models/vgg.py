@@ -97,6 +97,7 @@ class VGG(Staged):
             taps={tap: Tap(width, stride, rounding="down") for (tap, stride), width in strides_widths},
             pooled=WIDTHS[-1],
             classifier="classifier/kernel",
+            mean_pooled=True,
         )
 
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
@@ -106,10 +107,10 @@ class VGG(Staged):
         blocks = (self.block0, self.block1, self.block2, self.block3, self.block4)
         return blocks[list(TAPS).index(name)](x, train=train)
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del train, rngs
         pooled = mean_over_positions(x)
-        return pooled, self.classifier(pooled)
+        return x, pooled, self.classifier(pooled)
 
 
 REGISTER = factories(VGG, SPECS)

@@ -143,10 +143,10 @@ class ViT(Staged):
         x = jnp.concatenate([token, patches.reshape(batch, -1, width)], axis=1)
         return x + self.pos_embed[...].astype(x.dtype)
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del train, rngs
         pooled = self.norm(x[:, 0])
-        return pooled, self.head(pooled)
+        return None, pooled, self.head(pooled)
 
 
 def _checked(image_size: Sequence[int]) -> tuple[int, int]:

@@ -168,6 +168,7 @@ class WideResNet(Staged):
             taps={tap: Tap(width, stride, signed=True) for (tap, stride), width in strides_widths},
             pooled=widths[-1],
             classifier="fc/kernel",
+            mean_pooled=True,
         )
 
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array:
@@ -177,10 +178,11 @@ class WideResNet(Staged):
             x = block(x, train=train, rngs=rngs)
         return x
 
-    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array, Array]:
+    def _head(self, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> tuple[Array | None, Array, Array]:
         del rngs
-        pooled = mean_over_positions(self.bn1(x, train=train, relu=True))
-        return pooled, self.fc(pooled)
+        x = self.bn1(x, train=train, relu=True)
+        pooled = mean_over_positions(x)
+        return x, pooled, self.fc(pooled)
 
 
 REGISTER = factories(WideResNet, SPECS)

@@ -189,7 +189,7 @@ def plan(
     arrays = tuple(arrays)
     loaded = abstract_batch(config["global_batch_size"] // config["accumulation"], data)
     jax.eval_shape(program.task.augment, loaded, jax.random.key(0))  # refuses groups that do not divide the batch
-    shardings = sharding.place(arrays, mesh, config["sharding"])
+    shardings = sharding.place(arrays, mesh, config["sharding"], _preferred(learner))
     state, frozen = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arrays, shardings
     )
@@ -252,7 +252,7 @@ def run(
     initial, notes = _initial(config, data, learner.student)
     functional.update(learner.student, initial)
     program, *arrays = _assemble(config, data, teacher, learner)
-    placed = sharding.place(tuple(arrays), mesh, config["sharding"])
+    placed = sharding.place(tuple(arrays), mesh, config["sharding"], _preferred(learner))
     state, frozen = jax.tree.map(sharding.put, tuple(arrays), placed)
     return Run(program, state, frozen, mesh, program.task.num_classes, _count(state.params, teacher), tuple(notes))
 
@@ -284,7 +284,6 @@ def _assemble(
         optimizer=update,
         learning_rate=schedule,
         clock=clock,
-        seed=config["seed"],
         ema=config["ema"],
         accumulation=config["accumulation"],
     )
@@ -301,7 +300,16 @@ def _assemble(
 
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in params.values())
     state = jax.eval_shape(start, params, variables) if abstract else start(params, variables)
-    return program, state, Frozen(constants, teacher.arrays if teacher else {})
+    return program, state, Frozen(constants, teacher.arrays if teacher else {}, np.asarray(config["seed"], np.int32))
+
+
+def _preferred(learner: Learner) -> list[sharding.Rule]:
+    """Where the methods would have their large variables."""
+    return [
+        (f"^methods/{name}/.*(?:{pattern})", spec)
+        for name, method in learner.methods.items()
+        for pattern, spec in getattr(method, "SHARDING", ())
+    ]
 
 
 def _count(params: Params, teacher: Network | None) -> dict[str, int]:

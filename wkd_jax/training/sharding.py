@@ -15,6 +15,7 @@ from wkd_jax.data.base import Input
 from wkd_jax.types import Batch
 
 AXES = ("data", "model")
+Rule = tuple[str, tuple[Any, ...]]  # regex of a path, partition spec
 
 
 def make_mesh(config: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -56,7 +57,7 @@ def check_batch(global_batch_size: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
-def place(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]] = ()) -> Any:
+def place(tree: Any, mesh: Mesh, rules: Sequence[Rule] = (), preferred: Sequence[Rule] = ()) -> Any:
     """Shardings for a state: what a rule matches is placed by it, everything else is replicated.
 
     Args:
@@ -65,6 +66,7 @@ def place(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]] = 
         "teacher/" in front.
       mesh: The mesh.
       rules: ((regex, partition spec), ...), the first match of a name decides. Scalars are always replicated.
+      preferred: The same for what no rule matches, where the mesh divides the array; else that is replicated.
 
     Raises:
       ValueError: If a rule matches no array, or its spec does not fit the array it matches.
@@ -88,12 +90,19 @@ def place(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]] = 
                 except ValueError as error:
                     raise ValueError(f"sharding: {pattern.pattern!r} places {name} by {spec}: {error}") from error
                 return NamedSharding(mesh, spec)
+        for pattern, spec in preferred:
+            if leaf.ndim == len(spec) and re.search(pattern, name) and _divides(mesh, spec, leaf.shape):
+                return NamedSharding(mesh, PartitionSpec(*spec))
         return NamedSharding(mesh, PartitionSpec())
 
     shardings = jax.tree_util.tree_map_with_path(one, tree)
     if unused := [pattern for pattern, _ in rules if pattern not in used]:
         raise ValueError(f"sharding: {unused[0]!r} matches no array of the run")
     return shardings
+
+
+def _divides(mesh: Mesh, spec: Sequence[Any], shape: Sequence[int]) -> bool:
+    return all(axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=True))
 
 
 def global_batch(batch: Batch, mesh: Mesh) -> Batch:

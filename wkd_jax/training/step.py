@@ -35,13 +35,16 @@ class Frozen:
     Attributes:
       constants: The methods' constants.
       teacher: The teacher's parameters and statistics; empty in a run without a teacher.
+      seed: int32 scalar, of augmentation, dropout and whatever the methods draw. An array, so that runs which differ in
+        nothing else are one compiled program.
     """
 
     constants: Params
     teacher: Params
+    seed: Array
 
 
-jax.tree_util.register_dataclass(Frozen, ["constants", "teacher"], [])
+jax.tree_util.register_dataclass(Frozen, ["constants", "teacher", "seed"], [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,6 @@ class Program:
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[Array], Array]
     clock: Clock
-    seed: int
     ema: float
     accumulation: int
 
@@ -147,7 +149,7 @@ class Program:
 
         `batch` is a global batch, or where `accumulation` is above 1 its microbatches along a first axis.
         """
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(frozen.seed), state.step)
         if self.accumulation == 1:
             gradients, metrics, variables = self.gradients(state, state.variables, frozen, batch, key, 0)
         else:

@@ -207,7 +207,7 @@ def _placed(arrays: Params, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ..
     names = [f"teacher/{name}" for name, array in arrays.items() if array.ndim]
     first = {next((n for n, rule in enumerate(rules) if re.search(rule[0], name)), None) for name in names}
     kept = [rule for n, rule in enumerate(rules) if n in first]
-    shardings = sharding.place(Frozen({}, arrays), mesh, kept).teacher
+    shardings = sharding.place(Frozen({}, arrays, np.int32(0)), mesh, kept).teacher
     return {name: sharding.put(array, shardings[name]) for name, array in arrays.items()}
 
 
