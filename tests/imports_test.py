@@ -15,6 +15,7 @@ RUNGS = [
     {"training"},
     {"report"},
     {"main", "__main__"},
+    {"compare"},
 ]
 LEVEL = {name: level for level, names in enumerate(RUNGS) for name in names}
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,10 +38,7 @@ def load_config(argument: str, overrides: Sequence[str] = ()) -> Mapping[str, An
     Raises:
       ValueError: If there is no such file, or anything in it or in an override is not valid.
     """
-    path, _, arguments = argument.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"--config {path}: there is no such file")
-    config = _get_config(pathlib.Path(path), arguments)
+    config = read_config(argument)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -61,8 +59,19 @@ def load_config(argument: str, overrides: Sequence[str] = ()) -> Mapping[str, An
     return config_lib.resolve(config)
 
 
-def _get_config(path: pathlib.Path, arguments: str) -> dict[str, Any]:
-    """What the file's `get_config` returns, as plain dicts."""
+def read_config(argument: str) -> dict[str, Any]:
+    """What a config file's `get_config` returns, as plain dicts: before overrides and defaults.
+
+    Args:
+      argument: As of `load_config`.
+
+    Raises:
+      ValueError: If there is no such file, it cannot be loaded, or it refuses the arguments.
+    """
+    name, _, arguments = argument.partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise ValueError(f"--config {path}: there is no such file")
     # Config files import what they share from beside them.
     sys.path.insert(0, str(path.absolute().parent.parent))
     try:
@@ -101,6 +110,56 @@ def chain(
     return [*earlier, (config, directory, source)]
 
 
+def make(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: pathlib.Path | None = None) -> str:
+    """Makes the runs that a resolved config asks for, its teacher's first, and their reports; goes on where they are.
+
+    Args:
+      config: Resolved.
+      directory: The run's work directory.
+      teacher_directory: See `chain`.
+
+    Returns:
+      The path of the run's report.
+
+    Raises:
+      ValueError: For anything in the config that cannot work.
+      OSError: If a file cannot be read or written.
+      TrainingError: If a run cannot go on.
+      Preempted: If it was told to stop.
+    """
+    with _explained(config):
+        processes.everywhere(lambda: build.check(config))
+        for run in chain(config, directory, teacher_directory):
+            loop.run(*run)
+            path = processes.first(lambda run=run: str(report.write(run[1])))
+    return path
+
+
+def overrides_of(parser: argparse.ArgumentParser, rest: Sequence[str]) -> list[str]:
+    """The "key=value" of each --config.key=value, which is all that may be left of a command line."""
+    if unknown := [item for item in rest if not item.startswith("--config.")]:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    return [item.removeprefix("--config.") for item in rest]
+
+
+def guarded(work: Callable[[], int], *, show_traceback: bool) -> int:
+    """The exit code of a command's work, see the file's head; what it raises becomes a line on standard error."""
+    try:
+        return _exit(work())
+    except preemption.Preempted as stopped:
+        return _exit(preemption.EXIT_CODE, f"preempted: {stopped}; the same command goes on")
+    except KeyboardInterrupt:
+        return _exit(130, "interrupted: the same command continues from the last checkpoint")
+    except Exception as error:
+        known = isinstance(error, ValueError | OSError | loop.TrainingError)
+        if show_traceback or not known:
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+        code = preemption.EXIT_CODE if isinstance(error, loop.ProcessLostError) else 1
+        return _exit(code, f"error: {error}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -116,43 +175,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--distributed", action="store_true", help="one of several processes, one a host; launch/ starts them"
     )
     args, rest = parser.parse_known_args(argv)
-    overrides = [item.removeprefix("--config.") for item in rest if item.startswith("--config.")]
-    if len(overrides) != len(rest):
-        parser.error(f"unknown argument {next(item for item in rest if not item.startswith('--config.'))!r}")
-    try:
+    overrides = overrides_of(parser, rest)
+
+    def work() -> int:
         if args.distributed:
             processes.initialize()
-        return _exit(_run(args, overrides))
-    except preemption.Preempted as stopped:
-        return _exit(preemption.EXIT_CODE, f"preempted: {stopped}; the same command goes on")
-    except KeyboardInterrupt:
-        return _exit(130, "interrupted: the same command continues from the last checkpoint")
-    except Exception as error:
-        known = isinstance(error, ValueError | OSError | loop.TrainingError)
-        if args.traceback or not known:
-            if not jax.distributed.is_initialized():
-                raise
-            traceback.print_exc()
-        code = preemption.EXIT_CODE if isinstance(error, loop.ProcessLostError) else 1
-        return _exit(code, f"error: {error}")
+        return _run(args, overrides)
+
+    return guarded(work, show_traceback=args.traceback)
 
 
 def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = load_config(args.config, overrides)
     directory = pathlib.Path(args.workdir) if args.workdir else config_lib.default_workdir(config)
-    runs = chain(config, directory, directory / "teacher" if args.workdir else None)
-    try:
-        if args.check:
-            for run in runs:
+    teacher_directory = directory / "teacher" if args.workdir else None
+    if args.check:
+        with _explained(config):
+            for run in chain(config, directory, teacher_directory):
                 text = preflight.report(*run)
                 sys.stdout.write(text if jax.process_index() == 0 else "")
-            return 0
-        processes.everywhere(lambda: build.check(config))
-        for run in runs:
-            loop.run(*run)
-            path = processes.first(lambda run=run: str(report.write(run[1])))
-    except jax.errors.JaxRuntimeError as error:
-        raise loop.explained(error, config) from error
+        return 0
+    path = make(config, directory, teacher_directory)
     if jax.process_index() == 0:
         result = workdir.read_json(directory / workdir.RESULT)
         numbers = [
@@ -161,6 +204,15 @@ def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         sys.stdout.write(f"{', '.join(numbers)} after {result['steps']} steps\n")
         sys.stdout.write(f"report: {path}\n")
     return 0
+
+
+@contextlib.contextmanager
+def _explained(config: Mapping[str, Any]) -> Iterator[None]:
+    """Says what a failure of the devices means for the person who started the run."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise loop.explained(error, config) from error
 
 
 def _exit(code: int, message: str = "") -> int:

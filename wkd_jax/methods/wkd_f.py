@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 from flax import nnx
 
 from wkd_jax import losses
-from wkd_jax.methods import schedule
-from wkd_jax.methods.taps import find_tap
-from wkd_jax.models import connectors
-from wkd_jax.types import Context, Setup, Term, Terms
+from wkd_jax.methods import checks, schedule
+from wkd_jax.methods.projected import ProjectedPair
+from wkd_jax.types import Context, Setup, Terms
 
 
-class WKDFeature(nnx.Module):
+class WKDFeature(ProjectedPair):
     """weight * (mean_cov_ratio * mean term + covariance term) between one tap of each side.
 
     The student's map passes through a learned projector first. Defaults are those of the released code for ImageNet,
@@ -24,44 +23,26 @@ class WKDFeature(nnx.Module):
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "weight": 0.02,  # of the whole distance; follows `schedule`
         "mean_cov_ratio": 2.0,  # of the means, relative to the covariances
-        "student_tap": "last",
-        "teacher_tap": "last",
-        "projector": "bottleneck",  # conv1x1, bottleneck, linear or none
+        **ProjectedPair.PROJECTED,
         "grid": 4,  # cells along each side, each with its own Gaussian
         "ddof": 1,  # 1: the code's unbiased variance; 0: the paper's
-        "eps": 1e-5,  # added to the variance
+        "eps": 1e-5,  # added to the variance; at 0 a dead channel would have no gradient
         "schedule": {**schedule.DEFAULTS, "name": "cosine"},
     }
-    NEEDS_TEACHER = True
 
     def __init__(self, config: Any, setup: Setup, *, rngs: nnx.Rngs) -> None:
-        schedule.check("wkd_f", config["weight"], config["schedule"], setup.epochs)
-        for key in ("mean_cov_ratio", "ddof"):
-            if config[key] < 0:
-                raise ValueError(f"methods.wkd_f.{key}={config[key]}: must be 0 or more")
-        if config["eps"] <= 0:
-            raise ValueError(f"methods.wkd_f.eps={config['eps']}: must be above 0, or a dead channel has no gradient")
-        self.config = config
-        self.student_tap, student = find_tap(setup.student, config["student_tap"], "methods.wkd_f.student_tap")
-        self.teacher_tap, teacher = find_tap(setup.teacher, config["teacher_tap"], "methods.wkd_f.teacher_tap")
-        self.prefix = student.prefix_tokens, teacher.prefix_tokens
+        checks.not_negative("wkd_f", config, "mean_cov_ratio", "ddof")
+        checks.positive("wkd_f", config, "eps")
+        super().__init__("wkd_f", config, setup, rngs=rngs)
         self.gaussian = {key: config[key] for key in ("grid", "ddof", "eps")}
-        sizes = [connectors.spatial_size(tap, setup.image_size) for tap in (student, teacher)]
-        try:
-            self.projector = connectors.build(
-                config["projector"], student, teacher, student_size=sizes[0], teacher_size=sizes[1], rngs=rngs
-            )
-        except ValueError as error:
-            raise ValueError(f"methods.wkd_f.projector: {error}") from error
-        if config["projector"] in ("conv1x1", "bottleneck"):
-            sizes[0] = sizes[1]  # their output has the teacher's size
-        smallest = min(min(size) for size in sizes)
+        smallest = min(min(size) for size in self.sizes)
         if not 1 <= config["grid"] <= smallest:
             raise ValueError(
                 f"methods.wkd_f.grid={config['grid']}: must be from 1 to {smallest}, the positions along a side of "
-                f"{self.student_tap} ({sizes[0]}) and {self.teacher_tap} ({sizes[1]}) at images of {setup.image_size}"
+                f"{self.student_tap} ({self.sizes[0]}) and {self.teacher_tap} ({self.sizes[1]}) at images of "
+                f"{setup.image_size}"
             )
-        positions = min(math.prod(-(-side // config["grid"]) for side in size) for size in sizes)
+        positions = min(math.prod(-(-side // config["grid"]) for side in size) for size in self.sizes)
         if positions <= config["ddof"]:
             raise ValueError(
                 f"methods.wkd_f.grid={config['grid']}: leaves {positions} position(s) a cell, which have no variance "
@@ -70,20 +51,12 @@ class WKDFeature(nnx.Module):
 
     def terms(self, context: Context) -> Terms:
         """Terms `mean` and `covariance`."""
-        config = self.config
-        student, teacher = context.student.taps[self.student_tap], context.teacher.taps[self.teacher_tap]
-        if student.ndim == 3:
-            student = student[:, self.prefix[0] :]
-        if teacher.ndim == 3:
-            teacher = teacher[:, self.prefix[1] :]
-        lead = student.shape[:-3] if student.ndim > 3 else student.shape[:1]  # [B], or [B, R] of pooled regions
-        student, teacher = (x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in (student, teacher))
-        mean, covariance = losses.wkd_feature(self.projector(student, train=True), teacher, **self.gaussian)
-        mean, covariance = mean.reshape(lead), covariance.reshape(lead)
-        weight = schedule.weight(config["weight"], config["schedule"], context.progress)
-        where = context.student.valid if len(lead) == 2 else None
-        ratio = config["mean_cov_ratio"]
-        return {"mean": Term(mean, weight * ratio, where), "covariance": Term(covariance, weight, where)}
+        mean, covariance = losses.wkd_feature(*self.features(context), **self.gaussian)
+        weight = self.weight(context)
+        return {
+            "mean": self.term(context, mean, weight * self.config["mean_cov_ratio"]),
+            "covariance": self.term(context, covariance, weight),
+        }
 
 
 REGISTER = {"wkd_f": WKDFeature}

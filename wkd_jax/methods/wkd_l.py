@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import jax
@@ -13,7 +12,7 @@ from flax import nnx
 from wkd_jax import losses
 from wkd_jax.methods import schedule
 from wkd_jax.models.functional import Constant
-from wkd_jax.types import Context, Setup, Term, Terms
+from wkd_jax.types import Array, Context, Setup, Term, Terms
 
 
 class WKDLogit(nnx.Module):
@@ -21,10 +20,14 @@ class WKDLogit(nnx.Module):
 
     The ground cost comes from the teacher's class similarity, 1 - exp(-sharpness (1 - similarity)). Defaults are
     those of the released code for ImageNet, ResNet-34 -> ResNet-18.
+
+    Without `separate_target`, weight * transport between the distributions over all classes. The counterparts with KL
+    in the transport's place are the non-target terms of NKD and DKD with separation, and KD without.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "weight": 30.0,  # of the transport cost; follows `schedule`
+        "separate_target": True,  # False: transport over all classes, and no target term
         "target_weight": 1.0,  # of the target term; constant
         "temperature": 2.0,  # of both sides of the transport
         "sharpness": 1.0,  # 0: the cost is 1 - similarity
@@ -69,27 +72,27 @@ class WKDLogit(nnx.Module):
         logits, labels = jax.ShapeDtypeStruct((1, classes), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
         cost = jax.ShapeDtypeStruct((classes, classes), jnp.float32)
         try:
-            jax.eval_shape(functools.partial(losses.wkd_logit, **self.solver), logits, logits, labels, cost)
+            jax.eval_shape(self._distances, logits, logits, labels, cost)
         except ValueError as error:
             raise ValueError(f"methods.wkd_l: {error}") from error
 
+    def _distances(self, student: Array, teacher: Array, labels: Array, cost: Array) -> tuple[Array, ...]:
+        """Target term (where the target is separated), transport cost, marginal error."""
+        if self.config["separate_target"]:
+            return losses.wkd_logit(student, teacher, labels, cost, return_error=True, **self.solver)
+        return losses.wkd_logit_unseparated(student, teacher, cost, return_error=True, **self.solver)
+
     def terms(self, context: Context) -> Terms:
-        """Terms `target` and `wasserstein`, and the solver's `marginal_error`, which is only logged."""
-        config = self.config
-        target, wasserstein, error = losses.wkd_logit(
-            context.student.logits,
-            context.teacher.logits,
-            context.labels,
-            self.ground_cost.get_value(),
-            return_error=True,
-            **self.solver,
+        """Terms `target` (unless not separated) and `wasserstein`, and the solver's `marginal_error`, only logged."""
+        config, where = self.config, context.student.valid
+        *target, wasserstein, error = self._distances(
+            context.student.logits, context.teacher.logits, context.labels, self.ground_cost.get_value()
         )
-        weight, where = schedule.weight(config["weight"], config["schedule"], context.progress), context.student.valid
-        return {
-            "target": Term(target, config["target_weight"], where),
-            "wasserstein": Term(wasserstein, weight, where),
-            "marginal_error": Term(error, None, where),
-        }
+        weight = schedule.weight(config["weight"], config["schedule"], context.progress)
+        terms = {"wasserstein": Term(wasserstein, weight, where), "marginal_error": Term(error, None, where)}
+        if target:
+            terms["target"] = Term(target[0], config["target_weight"], where)
+        return terms
 
 
 REGISTER = {"wkd_l": WKDLogit}
