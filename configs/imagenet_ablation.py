@@ -1,48 +1,48 @@
-"""ImageNet, ResNet-34 -> ResNet-18: WKD-L with other class interrelations or without its target apart, WKD-F with other
-distributions and distances. The paper's ablations.
+"""ImageNet, ResNet-34 -> ResNet-18: the paper's ablations of WKD-L and WKD-F.
 
     python -m wkd_jax.main --config configs/imagenet_ablation.py:interrelation=cka_rbf
     python -m wkd_jax.main --config configs/imagenet_ablation.py:separation=no
     python -m wkd_jax.main --config configs/imagenet_ablation.py:features=gaussian_kl
 
 Arguments:
-  interrelation  of WKD-L: cka_linear (the default), cka_polynomial, cka_rbf, prototypes or classifier
+  interrelation  of WKD-L's classes: cka_linear (the default), cka_polynomial, cka_rbf, prototypes or classifier
   separation     of WKD-L's target class: yes (the default) or no
-  features       a row of the table below, in place of WKD-L; then the two above have no meaning and are refused
-  source         tfds (the default): imagenet2012 of TensorFlow Datasets; folder: train/<class>/*.JPEG, val/<class>/*.JPEG
+  features       a row of the table below, in place of WKD-L; the two above belong to WKD-L and are refused with it
+  source         tfds (the default): imagenet2012 of TensorFlow Datasets; folder: train/<class>/*.JPEG,
+                 val/<class>/*.JPEG
   data_dir       where that is; default: TensorFlow Datasets' own. A folder needs it.
   seed           default 0
 
-WKD-L, expected: 72.49 / 90.75 with linear CKA and separation [P]; of the other rows we have the order alone: linear CKA,
-RBF CKA, polynomial CKA, the two cosines (prototypes: class means; classifier: its rows), and last KL [P]. The paper
-tries degrees 2, 3, 4 and bandwidths 0.2, 0.4, 0.6; here 2 and 0.4 (--config.interrelation.degree, .bandwidth) [D]. All
-take the released matrices' class features, logits; the text names the pooled ones (--config.interrelation.features=
-pooled). Without separation lambda stays 30 [D]. KL in the transport's place is DKD or NKD with separation (71.70, 71.96
-[P]) and KD without it (71.03 [P]): imagenet_baselines.py:method=nkd,recipe=wkd and so on.
+WKD-L, expected: 72.49 / 90.75 with linear CKA and separation [P]. Of its other rows only the order is at hand: linear
+CKA, RBF CKA, polynomial CKA, the two cosines (prototypes: of class means; classifier: of its rows), and last KL [P].
+The paper tries degrees 2, 3, 4 and bandwidths 0.2, 0.4, 0.6; here 2 and 0.4 [D], interrelation.degree and .bandwidth.
+Class features are logits, as in the released matrices; the text has pooled ones, interrelation.features=pooled. Without
+separation lambda stays 30 [D]. KL in the transport's place is DKD or NKD with separation (71.70, 71.96 [P]) and KD
+without it (71.03 [P]): imagenet_baselines.py:recipe=wkd,method=nkd and so on.
 
 WKD-F, expected top-1, % [P]:
-  features                       distribution of a map      distance          weight
-  fitnet                 70.53   none                       Frobenius         100 (on res3) [C]
-  gaussian_w2            72.50   Gaussian, diagonal         Wasserstein       0.02, twice that of the means [C]
-  gaussian_w2_full       -       Gaussian, full             Wasserstein       0.02, twice that of the means
-  gaussian_kl            71.75   Gaussian, diagonal         KL                0.08
-  gaussian_kl_symmetric  71.93   Gaussian, diagonal         KL, both ways     0.04
-  gaussian_kl_full       -       Gaussian, full             KL                0.0008
-  laplace_kl             71.38   Laplace                    KL                0.08
-  exponential_kl         70.14   exponential                KL                0.08
-  sinkhorn               71.57 * probability mass function  Wasserstein       40
-  histogram_w1           *       the same, of each channel  Wasserstein       0.04
-  sorted_w2              *       the same, of each channel  Wasserstein       0.04
+  features                        distribution of a map      distance          weight
+  fitnet                 70.53    none                       Frobenius         100, on res3 [C]
+  gaussian_w2            72.50    Gaussian, diagonal         Wasserstein       0.02, of the means 0.04 [C]
+  gaussian_w2_full       -        Gaussian, full             Wasserstein       0.02, of the means 0.04
+  gaussian_kl            71.75    Gaussian, diagonal         KL                0.08
+  gaussian_kl_symmetric  71.93    Gaussian, diagonal         KL, both ways     0.04
+  gaussian_kl_full       -        Gaussian, full             KL                0.0008
+  laplace_kl             71.38    Laplace                    KL                0.08
+  exponential_kl         70.14    exponential                KL                0.08
+  sinkhorn               71.57 *  probability mass function  Wasserstein       40
+  histogram_w1           *        the same of each channel   Wasserstein       0.04
+  sorted_w2              *        the same of each channel   Wasserstein       0.04
 * The paper does not say how its probability mass function is made; these are three ways to make one [D].
-Full covariances did worse than diagonal ones [P]. Neither code nor settings of these rows are public. So the weights are
-derived [D] and to be tuned: at unit variances (or scales, or means) a small difference d of a channel's means costs
-0.04 d^2, as in gaussian_w2; at d = 1 where the distance is of first order; in the directions that the student does not
-span, which are most, for gaussian_kl_full with its ridge of 0.01; at a largest cost of 1000 for sinkhorn. All rows are
-otherwise WKD-F's: last taps, bottleneck projector, cosine to 0 [D]. Each fits one distribution to a map, as the text
-says; 72.50 was made with a 4 x 4 grid in the released code: imagenet_wkd.py:method=wkd_f.
+Full covariances did worse than diagonal ones [P]. There is neither code nor a setting of these rows in public, so the
+weights are derived and to be tuned [D]: at unit variances (scales, means) a small difference d of a channel's means
+costs 0.04 d^2, as in gaussian_w2. That is so at d = 1 for histogram_w1, which is of first order; in directions that the
+student does not span, nearly all, for gaussian_kl_full with its ridge of 0.01; at a largest cost of 1000 for sinkhorn.
+All else is WKD-F's: last taps, bottleneck projector, cosine to 0 [D]. One distribution a map, as the text says; the
+72.50 were made with a 4 x 4 grid by the released code: imagenet_wkd.py:method=wkd_f.
 
-Protocol: imagenet_wkd.py's with recipe=code, whose last paragraph says what else differs. Hardware and time: unknown but
-for the rows there. No number here was measured with this package.
+Protocol: that of imagenet_wkd.py with recipe=code; see its last paragraph for what differs. Hardware and time: unknown
+but for the rows there. No number here was measured with this package.
 [C] public code, [P] the paper, [D] derived or chosen by us.
 """
 

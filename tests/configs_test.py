@@ -19,6 +19,7 @@ from flax import nnx
 from wkd_jax import config as config_lib
 from wkd_jax import main
 from wkd_jax.data.digits import digits
+from wkd_jax.methods import feature_distribution
 from wkd_jax.models import cifar_resnet, convnext, functional, resnet, vit, wide_resnet
 from wkd_jax.training import build, sharding
 from wkd_jax.types import Batch, Normalisation
@@ -48,6 +49,10 @@ ARGUMENTS = {
         "teacher": ("own", "published"),
     },
     "cifar100_cross": {"pair": CROSS, "method": ("none", "kd", *WKD), "recipe": ("wkd", "ofa")},
+    "imagenet_ablation": {  # and "features", in place of the two
+        "interrelation": ("cka_linear", "cka_polynomial", "cka_rbf", "prototypes", "classifier"),
+        "separation": ("yes", "no"),
+    },
 }
 
 
@@ -126,6 +131,10 @@ def test_imagenet_from_folders(file):
         ("imagenet_baselines", {"recipe": "timm"}, r"recipe=timm: .*Valid: mdistiller, crd, nkd, wkd"),
         ("imagenet_selfkd", {"generations": 0}, r"generations=0: must be 1 or more"),
         ("imagenet_selfkd", {"s0": "mine"}, r"s0=mine: .*Valid: own, torchvision"),
+        ("imagenet_ablation", {"interrelation": "cka"}, r"interrelation=cka: did you mean 'cka_rbf'"),
+        ("imagenet_ablation", {"separation": "none"}, r"separation=none: did you mean 'no'"),
+        ("imagenet_ablation", {"features": "gaussian"}, r"features=gaussian: did you mean 'gaussian_"),
+        ("imagenet_ablation", {"features": "fitnet", "separation": "no"}, r"features=fitnet: .* leave them out"),
         ("cifar100_wkd", {"teacher": "publish"}, r"teacher=publish: did you mean 'published'"),
         ("cifar100_cross", {"pair": "swin_t_deit_t"}, r"pair=swin_t_deit_t: did you mean"),
         ("cifar100_cross", {"method": "kd+dkd"}, r"method=dkd: did you mean 'kd'"),
@@ -236,6 +245,69 @@ def test_the_perturbed_teacher_is_an_override(pair):
     assert config_lib.differences(load("imagenet_wkd", pair=pair, method="wkd_f"), config) == [
         "teacher.perturb_statistics: False -> True"
     ]
+
+
+# Ablations
+
+FEATURES = {  # row -> weight
+    "fitnet": 100.0,
+    "gaussian_w2": 0.02,
+    "gaussian_w2_full": 0.02,
+    "gaussian_kl": 0.08,
+    "gaussian_kl_symmetric": 0.04,
+    "gaussian_kl_full": 8e-4,
+    "laplace_kl": 0.08,
+    "exponential_kl": 0.08,
+    "sinkhorn": 40.0,
+    "histogram_w1": 0.04,
+    "sorted_w2": 0.04,
+}
+
+
+@pytest.mark.parametrize("separation", ["yes", "no"])
+@pytest.mark.parametrize("interrelation", ARGUMENTS["imagenet_ablation"]["interrelation"])
+def test_ablation_of_wkd_l_changes_one_thing(interrelation, separation):
+    config = load("imagenet_ablation", interrelation=interrelation, separation=separation)
+    kind, _, kernel = interrelation.partition("_")
+    kinds = {"cka": "cka", "prototypes": "cosine", "classifier": "classifier"}
+    overrides = [f"name={config.name}", f"interrelation.kind={kinds[kind]}"]
+    overrides += [f"interrelation.kernel={kernel}"] if kernel else []
+    overrides += [f"methods.wkd_l.separate_target={separation == 'yes'}"]
+    main_row = load("imagenet_wkd", *overrides, pair="r34_r18", method="wkd_l")
+    assert config_lib.differences(main_row, config) == []
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_ablation_of_wkd_f_changes_the_distance_alone(features):
+    config, main_row = load("imagenet_ablation", features=features), load("imagenet_wkd", method="wkd_f")
+    ((name, settings),) = config.methods.items()
+    changed = ("name: ", f"methods.{name}: ", "methods.wkd_f", "interrelation.")
+    assert [x for x in config_lib.differences(main_row, config) if not x.startswith(changed)] == []
+    assert config.name == f"imagenet_ablation_{features}" and settings.weight == FEATURES[features]
+    if name == "fitnet":
+        check(settings, {"student_tap": "stage2", "teacher_tap": "stage2", "schedule.name": "constant"})
+        return
+    shared = ("student_tap", "teacher_tap", "projector", "schedule")
+    assert {key: settings[key] for key in shared} == {key: main_row.methods.wkd_f[key] for key in shared}
+    assert name == "wkd_f" or settings.form == features
+    if name == "wkd_f":
+        assert settings.grid == 1
+
+
+@pytest.mark.parametrize("features", [name for name in FEATURES if name not in ("fitnet", "gaussian_w2")])
+def test_derived_weights_of_the_ablation(features):
+    """A difference d of the means of a channel costs 0.04 d^2, at variance, scale and mean 1; see the file's head."""
+    settings = load("imagenet_ablation", features=features).methods.feature_distribution
+    teacher = np.array([[[0.0, 5.0], [2.0, 5.0]]], np.float32)  # the second channel is a direction without spread
+    shift = np.array([0, 0.05] if features == "gaussian_kl_full" else [0.05, 0], np.float32)
+    shift *= 20 if features == "histogram_w1" else 1
+    distance = lambda s, t: feature_distribution.FORMS[features](s, t, settings)  # noqa: E731
+    cost = jax.jit(distance, compiler_options=CHEAP)(teacher + shift, teacher)
+    if features == "gaussian_w2_full":
+        cost = settings.mean_cov_ratio * cost[0] + cost[1]
+    if features == "sinkhorn":
+        cost *= np.square(shift[0] + 2) / 1000
+    np.testing.assert_allclose(settings.weight * cost, 0.04 * np.square(shift).sum(), rtol=0.1)
 
 
 # Schedules and images
@@ -606,6 +678,8 @@ WHOLE = [
     case("imagenet_wkd", pair="r50_mv1"),
     case("imagenet_baselines", pair="r50_mv1", recipe="nkd"),
     case("imagenet_selfkd", generations=2),
+    case("imagenet_ablation", separation="no"),
+    *(case("imagenet_ablation", features=features) for features in ("gaussian_kl", "exponential_kl")),
     *(
         case("cifar100_wkd", slow=recipe == "paper", pair=pair, recipe=recipe)
         for pair in RATES

@@ -28,8 +28,8 @@ def entries(kind: str) -> dict[str, Callable[..., Any]]:
       ValueError: If two modules register the same name.
 
     Example:
-      >>> sorted(entries("methods"))[:2]
-      ['kd', 'none']
+      >>> [name for name in entries("methods") if name.startswith("wkd")]
+      ['wkd_f', 'wkd_l']
     """
     package = importlib.import_module(f"wkd_jax.{kind}")
     found: dict[str, Callable[..., Any]] = {}

