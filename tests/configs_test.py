@@ -29,26 +29,30 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 WKD = ("wkd_l", "wkd_f", "wkd_l+wkd_f")
 CROSS = ("swin_t_r18", "vit_s_r18", "swin_t_mv2", "vit_s_mv2", "convnext_t_deit_t", "convnext_t_swin_p")
+RIVALS = ("dkd", "nkd", "ctkd", "ttm", "wttm", "dist", "fitnet", "cc", "rkd", "crd", "crd+kd", "reviewkd", "cat_kd")
+RIVALS += ("fcfd", "ickd_c", "dpk")
+ACROSS = ("dkd", "dist", "ofa", "fitnet", "cc", "rkd", "crd")
 ARGUMENTS = {
     "imagenet_wkd": {"pair": ("r34_r18", "r50_mv1"), "method": WKD, "recipe": ("code", "paper")},
     "imagenet_baselines": {
         "pair": ("r34_r18", "r50_mv1"),
-        "method": ("none", "kd"),
-        "recipe": ("mdistiller", "crd", "nkd", "wkd"),
+        "method": ("none", "kd", "dkd", "nkd", "ctkd", "ctkd_kd", "wttm", "dist", "fitnet", "crd", "crd+kd", "reviewkd")
+        + ("cat_kd", "dpk", "fcfd", "emd_ipot", "dkd+reviewkd"),
+        "recipe": ("own", "wkd"),
     },
     "imagenet_selfkd": {
         "generations": (1, 2, 3),
-        "method": ("wkd_l", "kd"),
+        "method": ("wkd_l", "kd", "ban", "tf_kd_self"),
         "s0": ("own", "torchvision"),
         "recipe": ("code", "paper"),
     },
     "cifar100_wkd": {
         "pair": ("r32x4_r8x4", "wrn40_2_snv1"),
-        "method": ("none", "kd", *WKD),
+        "method": ("none", "kd", *RIVALS, *WKD),
         "recipe": ("code", "paper"),
         "teacher": ("own", "published"),
     },
-    "cifar100_cross": {"pair": CROSS, "method": ("none", "kd", *WKD), "recipe": ("wkd", "ofa")},
+    "cifar100_cross": {"pair": CROSS, "method": ("none", "kd", *ACROSS, *WKD), "recipe": ("wkd", "ofa")},
     "imagenet_ablation": {  # and "features", in place of the two
         "interrelation": ("cka_linear", "cka_polynomial", "cka_rbf", "prototypes", "classifier"),
         "separation": ("yes", "no"),
@@ -128,7 +132,11 @@ def test_imagenet_from_folders(file):
         ("imagenet_wkd", {"recipe": "codes"}, r"recipe=codes: did you mean 'code'"),
         ("imagenet_wkd", {"source": "folder"}, r"source=folder: needs data_dir=DIRECTORY"),
         ("imagenet_wkd", {"source": "tdfs"}, r"source=tdfs: did you mean 'tfds'"),
-        ("imagenet_baselines", {"recipe": "timm"}, r"recipe=timm: .*Valid: mdistiller, crd, nkd, wkd"),
+        (
+            "imagenet_baselines",
+            {"recipe": "timm"},
+            r"recipe=timm: .*Valid: own, mdistiller, crd, nkd, dist, ctkd, fcfd, ickd, wkd",
+        ),
         ("imagenet_selfkd", {"generations": 0}, r"generations=0: must be 1 or more"),
         ("imagenet_selfkd", {"s0": "mine"}, r"s0=mine: .*Valid: own, torchvision"),
         ("imagenet_ablation", {"interrelation": "cka"}, r"interrelation=cka: did you mean 'cka_rbf'"),
@@ -137,7 +145,7 @@ def test_imagenet_from_folders(file):
         ("imagenet_ablation", {"features": "fitnet", "separation": "no"}, r"features=fitnet: .* leave them out"),
         ("cifar100_wkd", {"teacher": "publish"}, r"teacher=publish: did you mean 'published'"),
         ("cifar100_cross", {"pair": "swin_t_deit_t"}, r"pair=swin_t_deit_t: did you mean"),
-        ("cifar100_cross", {"method": "kd+dkd"}, r"method=dkd: did you mean 'kd'"),
+        ("cifar100_cross", {"method": "kd+nkd"}, r"method=nkd: did you mean"),
         ("cifar100_cross", {"lambda": "much"}, r"'lambda=much': needs lambda=<float>"),
     ],
 )
@@ -374,6 +382,60 @@ def test_baselines(recipe, expected):
         check(load("imagenet_baselines", recipe=recipe, pair=pair), expected | clip | kd)
         alone = load("imagenet_baselines", recipe=recipe, pair=pair, method="none")
         check(alone, expected | clip | {"task.label_weight": 1.0, "teacher": None})
+
+
+# Published settings of rivals, copied from the descriptions of their code: (config's argument, path) -> value.
+PUBLISHED = {
+    ("r34_r18", "dkd"): {"dkd.alpha": 1.0, "dkd.beta": 0.5, "dkd.temperature": 1.0},
+    ("r50_mv1", "dkd"): {"dkd.alpha": 1.0, "dkd.beta": 2.0, "dkd.temperature": 1.0},
+    ("r34_r18", "nkd"): {"nkd.gamma": 1.5, "nkd.temperature": 1.0},
+    ("r34_r18", "wttm"): {"wttm.power": 0.8, "wttm.weight": 1.6},
+    ("r50_mv1", "wttm"): {"wttm.power": 0.7, "wttm.weight": 3.5},
+    ("r34_r18", "dist"): {"dist.weight": 2.0, "dist.temperature": 1.0, "dist.group_size": 32},
+    ("r34_r18", "ctkd"): {"ctkd.loss": "dkd", "ctkd.alpha": 1.0, "ctkd.beta": 1.0, "ctkd.curriculum_epochs": 5},
+    ("r50_mv1", "fitnet"): {"fitnet.weight": 100.0, "fitnet.student_tap": "stage3", "fitnet.teacher_tap": "stage2"},
+    ("r34_r18", "crd+kd"): {"crd.weight": 0.8, "crd.num_negatives": 16384, "kd.temperature": 4.0, "kd.weight": 1.0},
+    ("r34_r18", "reviewkd"): {"reviewkd.weight": 1.0, "reviewkd.mid_channels": 512},
+    ("r50_mv1", "reviewkd"): {"reviewkd.weight": 8.0, "reviewkd.mid_channels": 256},
+    ("r34_r18", "cat_kd"): {"cat_kd.weight": 0.5, "cat_kd.size": 4, "cat_kd.normalise": False},
+    ("r50_mv1", "cat_kd"): {"cat_kd.weight": 10.0, "cat_kd.size": 2, "cat_kd.normalise": True},
+    ("r34_r18", "fcfd"): {"fcfd.feature_weight": 0.02, "fcfd.temperature": 1.0, "fcfd.schedule.warmup": 5},
+    ("r50_mv1", "fcfd"): {"fcfd.feature_weight": 5.0, "fcfd.temperature": 1.0},
+    ("r34_r18", "ickd_c"): {"ickd_c.weight": 500.0, "ickd_c.form": "imagenet", "kd.weight": 0.5},
+    ("r32x4_r8x4", "dkd"): {"dkd.alpha": 1.0, "dkd.beta": 8.0, "dkd.temperature": 4.0, "dkd.schedule.warmup": 20},
+    ("r32x4_r8x4", "ttm"): {"ttm.power": 0.1, "ttm.weight": 100.0},
+    ("wrn40_2_snv1", "ttm"): {"ttm.power": 0.3, "ttm.weight": 8.0},
+    ("r32x4_r8x4", "wttm"): {"wttm.power": 0.1, "wttm.weight": 3.0},
+    ("r32x4_r8x4", "dist"): {"dist.weight": 2.0, "dist.temperature": 4.0},
+    ("r32x4_r8x4", "rkd"): {"rkd.distance_weight": 25.0, "rkd.angle_weight": 50.0},
+    ("wrn40_2_snv1", "reviewkd"): {"reviewkd.weight": 5.0, "reviewkd.schedule.warmup": 20},
+    ("r32x4_r8x4", "cat_kd"): {"cat_kd.weight": 15.0, "cat_kd.size": 2, "cat_kd.normalise": False},
+    ("wrn40_2_snv1", "cat_kd"): {"cat_kd.weight": 80.0, "cat_kd.size": 4, "cat_kd.normalise": True},
+    ("r32x4_r8x4", "fcfd"): {"fcfd.feature_weight": 5.0, "fcfd.temperature": 4.0, "fcfd.schedule.warmup": 20},
+    ("r32x4_r8x4", "ickd_c"): {"ickd_c.weight": 2.5, "ickd_c.form": "cifar"},
+}
+
+
+@pytest.mark.parametrize(("pair", "method"), PUBLISHED)
+def test_published_settings_of_rivals(pair, method):
+    file = "imagenet_baselines" if pair in ("r34_r18", "r50_mv1") else "cifar100_wkd"
+    config = load(file, pair=pair, method=method)
+    check(config["methods"], PUBLISHED[pair, method])
+    assert config.task.label_weight == (0.5 if (pair, method) == ("r34_r18", "ickd_c") else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("dkd", {"global_batch_size": 512, "optimizer.learning_rate": 0.2}),
+        ("ctkd", {"epochs": 120}),
+        ("fcfd", {"optimizer.nesterov": True}),
+        ("dist", {"optimizer.nesterov": True, "student.norm_group_size": 32}),
+        ("ickd_c", {"optimizer.name": "adamw", "optimizer.learning_rate": 2e-4, "init.weights": "resnet18.tv_in1k"}),
+    ],
+)
+def test_own_recipes(method, expected):
+    check(load("imagenet_baselines", method=method), expected)
 
 
 @pytest.mark.parametrize("method", ["wkd_l", "kd"])
