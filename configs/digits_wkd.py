@@ -12,7 +12,7 @@ Arguments:
 
 Not a setting of the paper: a small one that runs everything the paper's settings run. The rivals have their CIFAR-100
 weights where those are published, made smaller where the maps or the ten classes ask for it; nothing is tuned. Expected
-numbers: README, docs/methods.md.
+numbers: README.
 """
 
 from ml_collections import ConfigDict
