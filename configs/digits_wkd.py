@@ -46,6 +46,7 @@ METHODS = {
     "zipf": dict(weight=0.1),
     "uskd": dict(target_weight=0.1, nontarget_weight=0.1, weak_weight=0.1),
     "ban": dict(weight=1.0),
+    "feature_distribution": dict(weight=0.08, form="gaussian_kl", projector="conv1x1"),
     "wkd_l": dict(weight=10.0, temperature=4.0, schedule=dict(name="cosine", start=0)),
     "wkd_f": dict(weight=0.1, mean_cov_ratio=4.0, projector="conv1x1", grid=1, schedule=dict(name="cosine", start=0)),
 }

@@ -91,7 +91,7 @@ def test_digits_offers_every_method(method):
     config = main.load_config(f"configs/digits_wkd.py:method={method},train_images=300")
     assert list(config.methods) == [method]
     assert config.data.train_images == 300
-    assert (config.teacher is None) == (method == "none")
+    assert (config.teacher is not None) == registry.get("methods", method).NEEDS_TEACHER
 
 
 def test_overrides_reach_every_depth():

@@ -182,7 +182,11 @@ def test_students_that_draw_at_random(pair):
     assert abs(one[0]["total"] - one[1]["total"]) > 1e-4
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Large programs: fcfd's compiles for two minutes.
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[pytest.mark.slow] if m in ("fcfd", "frskd", "reviewkd", "dpk") else []) for m in METHODS],
+)
 def test_gradients_go_where_they_belong_and_lower_the_loss(method):
     """One program: gradients with labels reach every parameter and no teacher's; without, the method's terms fall."""
     built = make(method)
