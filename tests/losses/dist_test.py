@@ -124,7 +124,7 @@ def test_constant_inputs_are_finite(student):
         ((STUDENT[0], TEACHER[0]), {}, r"needs \[B, ..., C\]"),
         ((STUDENT, TEACHER), {"group_size": 3}, "group_size=3: .*divide the 4"),
         ((STUDENT, TEACHER), {"group_size": 0}, "group_size=0"),
-        ((STUDENT, TEACHER), {"where": np.ones(5, bool)}, r"where must be \(4,\), one a row, got \(5,\)"),
+        ((STUDENT, TEACHER), {"where": np.ones(5, bool)}, r"where must be bool of shape \(4,\), got bool \(5,\)"),
         ((STUDENT, TEACHER), {"temperature": -1.0}, "temperature=-1.0"),
     ],
 )

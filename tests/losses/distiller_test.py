@@ -159,7 +159,7 @@ def test_bfloat16_is_computed_in_float32():
         ({"transformations": ("softmax",)}, "'kl' needs a chain that ends with 'log_softmax', got .'softmax'"),
         ({"transformations": ()}, "'kl' needs a chain"),
         ({"transformations": ("mask_target", "log_softmax")}, "'mask_target' needs labels"),
-        ({"where": np.ones(5, bool)}, r"where must be \(6,\), one a row, got \(5,\)"),
+        ({"where": np.ones(5, bool)}, r"where must be bool of shape \(6,\), got bool \(5,\)"),
         ({"temperature": 0.0}, "temperature=0.0"),
     ],
 )

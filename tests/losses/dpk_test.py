@@ -92,7 +92,7 @@ def test_bfloat16_is_computed_in_float32():
         (X[:3], Y[:3], None, r"at least 4, got \(3, 4\) and \(3, 5\)"),
         (X, Y[:5], None, r"got \(6, 4\) and \(5, 5\)"),
         (X[:, 0], Y, None, r"got \(6,\) and"),
-        (X, Y, np.ones(5, bool), r"where must be \[6\], got \(5,\)"),
+        (X, Y, np.ones(5, bool), r"where must be bool of shape \(6,\), got bool \(5,\)"),
     ],
 )
 def test_errors(x, y, where, message):

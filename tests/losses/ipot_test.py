@@ -177,7 +177,7 @@ def test_products_are_in_full_float32(platform):
         ({"cost": "l1"}, "cost='l1': valid are cosine, euclidean, squared_euclidean"),
         ({"beta": 0.0}, "beta=0.0: must be above 0"),
         ({"num_iters": 0}, "num_iters=0: must be at least 1"),
-        ({"group_size": 2}, "group_size=2: must divide the batch of 3"),
+        ({"group_size": 2}, "group_size=2: must be at least 1 and divide the 3"),
         ({"group_size": 0}, "group_size=0"),
         ({"where": np.ones(2, bool)}, r"where must be bool of shape \(3,\)"),
         ({"teacher": TEACHER[:, :2]}, r"\(3, 3\) and \(3, 2\)"),

@@ -94,6 +94,8 @@ def test_class_masked_on_both_sides_equals_dropping_it():
     np.testing.assert_allclose(value, kd(STUDENT, TEACHER).sum(), rtol=1e-6)
     np.testing.assert_allclose(gradient[:, :-1], expected, atol=1e-6)
     np.testing.assert_array_equal(gradient[:, -1], 0)
+    of_temperature = jax.grad(lambda t, s, z: kd(s, z, temperature=t).sum())
+    np.testing.assert_allclose(of_temperature(3.0, *masked), of_temperature(3.0, STUDENT, TEACHER), rtol=1e-5)
 
 
 def test_properties():

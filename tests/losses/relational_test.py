@@ -179,7 +179,7 @@ def test_groups(name):
     # Where the second group has nothing to say, the first speaks for the batch.
     np.testing.assert_allclose(grouped(np.arange(B) < 3), parts[0], rtol=1e-5)
     for size in (0, 4):
-        with pytest.raises(ValueError, match=f"group_size={size}: must be at least 1 and divide the batch of 6"):
+        with pytest.raises(ValueError, match=f"group_size={size}: must be at least 1 and divide the 6"):
             LOSSES[name](student, teacher, group_size=size)
 
 
@@ -226,7 +226,7 @@ def test_errors():
     for loss in (cc_kernel, rkd_distance, rkd_angle):
         with pytest.raises(ValueError, match=r"\(4, 3\) and \(3, 3\)"):
             loss(x, x[:3])
-    with pytest.raises(ValueError, match=r"where must be \[B\], got \(3,\)"):
+    with pytest.raises(ValueError, match=r"where must be bool of shape .*, got bool \(3,\)"):
         cc_kernel(x, x, where=jnp.ones(3, bool))
     with pytest.raises(ValueError, match="form='sum': must be 'paper' or 'root'"):
         cc_kernel(x, x, form="sum")

@@ -11,7 +11,7 @@ from flax import nnx
 
 from wkd_jax import config as config_lib
 from wkd_jax.methods.dpk import DPK
-from wkd_jax.methods.reviewkd import nearest
+from wkd_jax.methods.taps import nearest
 from wkd_jax.types import ModelInfo, Outputs, Progress, Setup, Tap
 
 B = 6

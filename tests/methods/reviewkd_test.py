@@ -11,7 +11,8 @@ from flax import nnx
 
 from wkd_jax import config as config_lib
 from wkd_jax import losses, registry
-from wkd_jax.methods.reviewkd import ReviewKD, nearest
+from wkd_jax.methods.reviewkd import ReviewKD
+from wkd_jax.methods.taps import nearest
 from wkd_jax.models.connectors import spatial_size
 from wkd_jax.types import ModelInfo, Outputs, Progress, Setup, Tap
 

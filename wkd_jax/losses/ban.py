@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from wkd_jax.losses.batch import counted, group_mean
 from wkd_jax.losses.classification import cross_entropy
-from wkd_jax.losses.decoupled import softened
+from wkd_jax.losses.kl import softened
 
 Array = jax.Array
 
@@ -78,7 +79,7 @@ def cwtm(
     if student.ndim != 2:
         raise ValueError(f"needs one row of logits an example, [B, C], got {student.shape}")
     confidence = jnp.max(jax.nn.softmax(teacher), axis=-1)
-    counts = counting(where, len(student))
+    counts = counted(where, (len(student),))
     mean = group_mean(confidence, counts, group_size)
     weight = jnp.where(counts, confidence / jnp.where(counts, mean, 1), 0)
     return weight * cross_entropy(student, labels)
@@ -117,42 +118,3 @@ def dkpp(student_logits: Array, teacher_logits: Array, key: Array) -> Array:
     source = jnp.where(source == best, jnp.take_along_axis(source, best, axis=-1), source)
     source = jnp.where(classes == best, best, source)
     return ban(student, jnp.take_along_axis(teacher, source, axis=-1))
-
-
-def counting(where: Array | None, examples: int) -> Array:
-    """Which of the examples count, [B] bool; all where `where` is None.
-
-    Raises:
-      ValueError: If `where` has another shape.
-    """
-    counts = jnp.ones(examples, bool) if where is None else jnp.asarray(where)
-    if counts.shape != (examples,):
-        raise ValueError(f"where must be {(examples,)}, one an example, got {counts.shape}")
-    return counts
-
-
-def group_mean(x: Array, where: Array, group_size: int | None) -> Array:
-    """Mean over each group of consecutive examples of those that count, given to all of the group.
-
-    Args:
-      x: [B, ...] floats.
-      where: [B] bool.
-      group_size: Examples in a group; None: all are one.
-
-    Returns:
-      Of the shape of `x`; 0 where no example of a group counts.
-
-    Raises:
-      ValueError: If groups do not divide the batch.
-
-    Example:
-      >>> print(group_mean(jnp.array([1.0, 3.0, 5.0, 9.0]), jnp.array([True, True, True, False]), 2))
-      [2. 2. 5. 5.]
-    """
-    size = len(x) if group_size is None else group_size
-    if size < 1 or len(x) % size:
-        raise ValueError(f"group_size={group_size}: must be at least 1 and divide the {len(x)} examples")
-    grouped, counts = x.reshape(-1, size), where.reshape(-1, size)
-    total = jnp.sum(grouped, axis=1, keepdims=True, where=counts)
-    mean = total / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1)
-    return jnp.broadcast_to(mean, grouped.shape).reshape(x.shape)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from wkd_jax.losses.batch import counted
 from wkd_jax.losses.feature import widened
 from wkd_jax.losses.relational import unit_norm
 
@@ -112,13 +113,16 @@ def crd_constant(scores: Array, *, num_examples: int, where: Array | None = None
     Returns:
       Scalar, at least float32, without a gradient; 0 where no example counts.
 
+    Raises:
+      ValueError: If `where` does not fit.
+
     Example:
       >>> scores = jnp.log(jnp.array([[2.0, 1.0], [9.0, 9.0]]))
       >>> print(crd_constant(scores, num_examples=10, where=jnp.array([True, False])))
       15.0
     """
     (scores,) = widened(jax.lax.stop_gradient(scores))
-    where = jnp.ones(len(scores), bool) if where is None else where
+    where = counted(where, (len(scores),))
     means = jnp.where(where, jnp.mean(jnp.exp(scores), axis=1), 0)
     return jnp.sum(means) / jnp.maximum(jnp.sum(where), 1) * num_examples
 
@@ -142,7 +146,7 @@ def crd_update(
       [N, D], dtype of `bank`, without a gradient.
 
     Raises:
-      ValueError: If the momentum is out of range.
+      ValueError: If the momentum is out of range, or `where` does not fit.
 
     Example:
       >>> print(crd_update(jnp.eye(2), jnp.array([1]), jnp.array([[1.0, 0.0]])).round(4))
@@ -152,7 +156,7 @@ def crd_update(
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum={momentum}: must be from 0 to below 1")
     bank, embedding = (jax.lax.stop_gradient(jnp.asarray(x)) for x in (bank, embedding))
-    where = jnp.ones(len(index), bool) if where is None else where
+    where = counted(where, (len(index),))
     later = jnp.arange(len(index)) > jnp.arange(len(index))[:, None]
     replaced = jnp.any(later & where & (index == index[:, None]), axis=1)
     rows = unit_norm(momentum * bank[index] + (1 - momentum) * embedding)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from wkd_jax.losses.decoupled import softened
 from wkd_jax.losses.feature import widened
+from wkd_jax.losses.kl import softened
 
 Array = jax.Array
 

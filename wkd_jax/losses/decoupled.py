@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from wkd_jax.losses.feature import widened
+from wkd_jax.losses.kl import divergence, softened
 
 Array = jax.Array
 
@@ -54,7 +54,7 @@ def dkd(
     target = target_mask(student, labels)
     binary_p, binary_q = (_target_or_not(x, target) for x in (teacher, student))
     log_p, log_q = (_without_target(x, target) for x in (teacher, student))
-    return squared * _divergence(binary_p, binary_q), squared * _divergence(log_p, log_q)
+    return squared * divergence(binary_p, binary_q), squared * divergence(log_p, log_q)
 
 
 def nkd(
@@ -125,45 +125,15 @@ def nontarget_log_softmax(logits: Array, labels: Array) -> Array:
     return _without_target(logits, target_mask(logits, labels))
 
 
-def softened(
-    student_logits: Array, teacher_logits: Array, temperature: float | Array = 1.0
-) -> tuple[Array, Array, Array]:
-    """What a loss on two sets of logits starts from: (student / T, teacher / T without gradient, T^2).
+def target_mask(logits: Array, labels: Array) -> Array:
+    """Which entry of the logits is the labelled class's.
 
     Args:
-      student_logits: [..., C], any float dtype.
-      teacher_logits: Same shape.
-      temperature: T > 0, a scalar, or one for each example, [...]; may be traced.
+      logits: [..., C], of which only the shape counts.
+      labels: [...], integers; one outside [0, C) marks nothing.
 
     Returns:
-      [..., C], [..., C] and T^2 of the temperature's shape, in float32, or float64 where logits are.
-
-    Raises:
-      ValueError: If the shapes differ, or the temperature is not positive (checked where it is not traced).
-
-    Example:
-      >>> student, teacher, squared = softened(jnp.array([2.0, 4.0]), jnp.array([6.0, 0.0]), 2.0)
-      >>> print(student, teacher, squared)
-      [1. 2.] [3. 0.] 4.0
-    """
-    if jnp.shape(student_logits) != jnp.shape(teacher_logits) or jnp.ndim(student_logits) == 0:
-        raise ValueError(
-            f"student and teacher logits must both be [..., C], got {jnp.shape(student_logits)} and "
-            f"{jnp.shape(teacher_logits)}"
-        )
-    if jnp.shape(temperature) not in ((), jnp.shape(student_logits)[:-1]):
-        raise ValueError(
-            f"temperature must be a scalar or {jnp.shape(student_logits)[:-1]}, got {jnp.shape(temperature)}"
-        )
-    if not isinstance(temperature, jax.core.Tracer) and not np.all(np.asarray(temperature) > 0):
-        raise ValueError(f"temperature={temperature}: must be above 0")
-    student, teacher = widened(student_logits, jax.lax.stop_gradient(teacher_logits))
-    each = jnp.asarray(temperature, student.dtype)
-    return student / each[..., None], teacher / each[..., None], jnp.square(each)
-
-
-def target_mask(logits: Array, labels: Array) -> Array:
-    """Which entry of [..., C] logits is the labelled class's, as bool [..., C].
+      [..., C] bool.
 
     Raises:
       ValueError: If labels are not integers of the logits' leading shape, or there are fewer than two classes.
@@ -194,9 +164,3 @@ def _target_or_not(logits: Array, target: Array) -> Array:
     log_p = jax.nn.log_softmax(logits, axis=-1)
     of_target = jnp.sum(jnp.where(target, log_p, 0), axis=-1)
     return jnp.stack([of_target, jax.nn.logsumexp(jnp.where(target, -jnp.inf, log_p), axis=-1)], axis=-1)
-
-
-def _divergence(log_p: Array, log_q: Array) -> Array:
-    """KL of log-probabilities over the last axis; an entry without probability in `log_p` contributes nothing."""
-    p = jnp.exp(log_p)
-    return jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0), axis=-1)

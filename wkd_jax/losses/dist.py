@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from wkd_jax.losses.decoupled import softened
+from wkd_jax.losses.batch import counted, group_length
+from wkd_jax.losses.kl import softened
 
 Array = jax.Array
 
@@ -58,14 +59,9 @@ def dist(
     p, q = jax.nn.softmax(teacher, axis=-1), jax.nn.softmax(student, axis=-1)
     inter = 1 - correlation(p, q, jnp.ones_like(p, bool), axis=-1)
 
-    size, classes = len(p) if group_size is None else group_size, p.shape[-1]
-    if size < 1 or len(p) % size:
-        raise ValueError(f"group_size={group_size}: must be at least 1 and divide the {len(p)} examples")
-    counts = jnp.ones(p.shape[:-1], bool) if where is None else jnp.asarray(where)
-    if counts.shape != p.shape[:-1]:
-        raise ValueError(f"where must be {p.shape[:-1]}, one a row, got {counts.shape}")
-    counts = counts.reshape(len(p) // size, -1, 1)
-    p, q = (x.reshape(len(p) // size, -1, classes) for x in (p, q))
+    groups, classes = len(p) // group_length(group_size, len(p)), p.shape[-1]
+    counts = counted(where, p.shape[:-1]).reshape(groups, -1, 1)
+    p, q = (x.reshape(groups, -1, classes) for x in (p, q))
     each = 1 - correlation(p, q, counts, axis=1).mean(-1)
     filled = counts.any((1, 2))
     intra = jnp.sum(jnp.where(filled, each, 0)) / jnp.maximum(filled.sum(), 1)
@@ -74,6 +70,15 @@ def dist(
 
 def correlation(a: Array, b: Array, where: Array, axis: int) -> Array:
     """Pearson's correlation along an axis over the entries in `where`, with the authors' 1e-8 in the denominator.
+
+    Args:
+      a: Floats, of any shape.
+      b: Same shape.
+      where: Bool, of that shape or one that broadcasts to it.
+      axis: The one that goes.
+
+    Returns:
+      Of the shape without the axis; 0, with gradient 0, where a side does not vary.
 
     Example:
       >>> x = jnp.array([1.0, 2.0, 4.0, 0.0])
@@ -89,6 +94,14 @@ def correlation(a: Array, b: Array, where: Array, axis: int) -> Array:
 def cosine(a: Array, b: Array, axis: int) -> Array:
     """Cosine along an axis, with 1e-8 added to the denominator; 0, with gradient 0, where a side is 0.
 
+    Args:
+      a: Floats, of any shape.
+      b: Same shape.
+      axis: The one that goes.
+
+    Returns:
+      Of the shape without the axis.
+
     Example:
       >>> print(cosine(jnp.array([[3.0, 4.0], [0.0, 0.0]]), jnp.ones((2, 2)), axis=1).round(4))
       [0.9899 0.    ]
@@ -97,5 +110,10 @@ def cosine(a: Array, b: Array, axis: int) -> Array:
 
 
 def safe_sqrt(x: Array) -> Array:
-    """Square root, with gradient 0 at 0 instead of infinity."""
+    """Square root of floats of any shape, with gradient 0 at 0 instead of infinity.
+
+    Example:
+      >>> float(jax.grad(safe_sqrt)(0.0)), float(safe_sqrt(4.0))
+      (0.0, 2.0)
+    """
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from wkd_jax.losses.decoupled import softened, target_mask
+from wkd_jax.losses.batch import counted
+from wkd_jax.losses.decoupled import target_mask
 from wkd_jax.losses.dist import correlation, cosine, safe_sqrt
+from wkd_jax.losses.kl import softened
 
 Array = jax.Array
 
@@ -78,9 +80,7 @@ def distiller(
     if "mask_target" in transformations and labels is None:
         raise ValueError("transformation 'mask_target' needs labels")
     student, teacher, squared = softened(student_logits, teacher_logits, temperature)
-    rows = jnp.ones(student.shape[:-1], bool) if where is None else jnp.asarray(where)
-    if rows.shape != student.shape[:-1]:
-        raise ValueError(f"where must be {student.shape[:-1]}, one a row, got {rows.shape}")
+    rows = counted(where, student.shape[:-1])
     kept = jnp.ones_like(student, bool)
     for name in transformations:
         if name == "mask_target":
@@ -93,6 +93,10 @@ def distiller(
 
 def check(transformations: Sequence[str], distance: str) -> None:
     """Refuses names that do not exist, and a chain that the distance cannot take.
+
+    Args:
+      transformations: As in `distiller`.
+      distance: As in `distiller`.
 
     Raises:
       ValueError: Names what is wrong and what is valid.

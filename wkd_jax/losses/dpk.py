@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from wkd_jax.losses.batch import counted
 from wkd_jax.losses.feature import widened
 
 Array = jax.Array
@@ -77,9 +78,7 @@ def _centred_grams(x: Array, y: Array, where: Array | None) -> tuple[list[Array]
             f"needs two features [B, ...] of one batch of at least 4, got {jnp.shape(x)} and {jnp.shape(y)}"
         )
     size = jnp.shape(x)[0]
-    if where is not None and jnp.shape(where) != (size,):
-        raise ValueError(f"where must be [{size}], got {jnp.shape(where)}")
-    where = jnp.ones(size, bool) if where is None else jnp.asarray(where, bool)
+    where = counted(where, (size,))
     n = jnp.sum(where)
     pairs = where[:, None] & where & ~jnp.eye(size, dtype=bool)
     return [

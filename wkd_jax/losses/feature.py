@@ -79,6 +79,12 @@ def _cells(side: int, size: int) -> np.ndarray:
 def widened(*arrays: Array) -> list[Array]:
     """The arrays in the dtype that losses compute in: float32, or float64 where one of them is.
 
+    Args:
+      *arrays: Of any shapes and float dtypes.
+
+    Returns:
+      As many, all of one dtype.
+
     Example:
       >>> [x.dtype.name for x in widened(jnp.zeros(1, jnp.bfloat16), jnp.zeros(1))]
       ['float32', 'float32']

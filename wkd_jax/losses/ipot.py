@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from wkd_jax.losses.batch import counted, group_length
 from wkd_jax.losses.feature import widened
 
 Array = jax.Array
@@ -108,14 +109,9 @@ def emd_ipot(
         )
     if cost not in COSTS:
         raise ValueError(f"cost={cost!r}: valid are {', '.join(COSTS)}")
-    size = shape[0] if group_size is None else group_size
-    if size < 1 or shape[0] % size:
-        raise ValueError(f"group_size={group_size}: must divide the batch of {shape[0]}")
-    where = jnp.ones(shape[0], bool) if where is None else jnp.asarray(where)
-    if where.shape != shape[:1] or where.dtype != bool:
-        raise ValueError(f"where must be bool of shape {shape[:1]}, got {where.dtype} {where.shape}")
+    size = group_length(group_size, shape[0])
     student, teacher = widened(student, lax.stop_gradient(teacher))
-    where = where.reshape(-1, size)
+    where = counted(where, shape[:1]).reshape(-1, size)
     # Whatever a masked example holds, be it NaN, stays out of values and gradients.
     student, teacher = (jnp.where(where[..., None], x.reshape(-1, size, shape[1]), 0) for x in (student, teacher))
     costs = COSTS[cost](student, teacher)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wkd_jax.losses.feature import widened
+
 Array = jax.Array
 
 
@@ -32,20 +34,8 @@ def kl(student_logits: Array, teacher_logits: Array, *, temperature: float | Arr
       >>> print(kl(jnp.array([[0.0, 0.0]]), jnp.array([[1e4, -1e4]])))  # log 2
       [0.6931472]
     """
-    if jnp.shape(student_logits) != jnp.shape(teacher_logits) or jnp.ndim(student_logits) == 0:
-        raise ValueError(
-            f"student and teacher logits must both be [..., C], got {jnp.shape(student_logits)} and "
-            f"{jnp.shape(teacher_logits)}"
-        )
-    if not isinstance(temperature, jax.core.Tracer) and not np.all(np.asarray(temperature) > 0):
-        raise ValueError(f"temperature={temperature}: must be above 0")
-    dtype = jnp.promote_types(jnp.result_type(student_logits, teacher_logits), jnp.float32)
-    student, teacher = jnp.asarray(student_logits, dtype), jax.lax.stop_gradient(jnp.asarray(teacher_logits, dtype))
-    per_row = jnp.asarray(temperature, dtype)[..., None]
-    log_p = jax.nn.log_softmax(teacher / per_row, axis=-1)
-    log_q = jax.nn.log_softmax(student / per_row, axis=-1)
-    p = jnp.exp(log_p)
-    return jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0.0), axis=-1)
+    student, teacher, _ = softened(student_logits, teacher_logits, temperature)
+    return divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student))
 
 
 def kd(student_logits: Array, teacher_logits: Array, *, temperature: float | Array = 4.0) -> Array:
@@ -71,3 +61,64 @@ def kd(student_logits: Array, teacher_logits: Array, *, temperature: float | Arr
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
     """
     return jnp.square(temperature) * kl(student_logits, teacher_logits, temperature=temperature)
+
+
+def softened(
+    student_logits: Array, teacher_logits: Array, temperature: float | Array = 1.0
+) -> tuple[Array, Array, Array]:
+    """What a loss on two sets of logits starts from: (student / T, teacher / T without gradient, T^2).
+
+    Args:
+      student_logits: [..., C], any float dtype.
+      teacher_logits: Same shape.
+      temperature: T > 0, a scalar, or one for each example, [...]; may be traced.
+
+    Returns:
+      [..., C], [..., C] and T^2 of the temperature's shape, in float32, or float64 where logits are.
+
+    Raises:
+      ValueError: If the shapes differ, or the temperature is not positive (checked where it is not traced).
+
+    Example:
+      >>> student, teacher, squared = softened(jnp.array([2.0, 4.0]), jnp.array([6.0, 0.0]), 2.0)
+      >>> print(student, teacher, squared)
+      [1. 2.] [3. 0.] 4.0
+    """
+    if jnp.shape(student_logits) != jnp.shape(teacher_logits) or jnp.ndim(student_logits) == 0:
+        raise ValueError(
+            f"student and teacher logits must both be [..., C], got {jnp.shape(student_logits)} and "
+            f"{jnp.shape(teacher_logits)}"
+        )
+    if jnp.shape(temperature) not in ((), jnp.shape(student_logits)[:-1]):
+        raise ValueError(
+            f"temperature must be a scalar or {jnp.shape(student_logits)[:-1]}, got {jnp.shape(temperature)}"
+        )
+    if not isinstance(temperature, jax.core.Tracer) and not np.all(np.asarray(temperature) > 0):
+        raise ValueError(f"temperature={temperature}: must be above 0")
+    student, teacher = widened(student_logits, jax.lax.stop_gradient(teacher_logits))
+    each = jnp.asarray(temperature, student.dtype)
+    return _divided(student, each[..., None]), _divided(teacher, each[..., None]), jnp.square(each)
+
+
+def divergence(log_p: Array, log_q: Array) -> Array:
+    """sum_k p_k (log p_k - log q_k) over the last axis; an entry with p_k = 0 contributes nothing.
+
+    Args:
+      log_p: [..., C], log-probabilities.
+      log_q: [..., C].
+
+    Returns:
+      [...], nats.
+
+    Example:
+      >>> float(divergence(jnp.log(jnp.array([1.0, 0.0])), jnp.log(jnp.array([1.0, 0.0]))))
+      0.0
+    """
+    p = jnp.exp(log_p)
+    return jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0), axis=-1)
+
+
+def _divided(logits: Array, temperature: Array) -> Array:
+    """Logits / T; -inf stays, and sends no gradient into a learned T."""
+    finite = logits > -jnp.inf
+    return jnp.where(finite, jnp.where(finite, logits, 0) / temperature, logits)

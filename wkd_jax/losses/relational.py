@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from wkd_jax.losses.batch import counted, group_length
 from wkd_jax.losses.feature import widened
 
 Array = jax.Array
@@ -204,9 +205,7 @@ def _prepared(student: Array, teacher: Array, where: Array | None) -> tuple[Arra
     """Both sides widened, zero where they do not count (so that nothing there reaches a gradient), and the mask."""
     if jnp.ndim(student) != 2 or jnp.ndim(teacher) != 2 or len(student) != len(teacher):
         raise ValueError(f"student and teacher must be [B, D], got {jnp.shape(student)} and {jnp.shape(teacher)}")
-    where = jnp.ones(len(student), bool) if where is None else jnp.asarray(where, bool)
-    if where.shape != (len(student),):
-        raise ValueError(f"where must be [B], got {where.shape} for a batch of {len(student)}")
+    where = counted(where, (len(student),))
     student, teacher = widened(student, teacher)
     return jnp.where(where[:, None], student, 0), jnp.where(where[:, None], teacher, 0), where
 
@@ -219,9 +218,7 @@ def _mean_over_groups(
     where: Array | None,
 ) -> Array:
     student, teacher, where = _prepared(student, jax.lax.stop_gradient(teacher), where)
-    size = len(where) if group_size is None else group_size
-    if size < 1 or len(where) % size:
-        raise ValueError(f"group_size={group_size}: must be at least 1 and divide the batch of {len(where)}")
+    size = group_length(group_size, len(where))
     student, teacher, where = (x.reshape(-1, size, *x.shape[1:]) for x in (student, teacher, where))
     counts = jnp.any(where, axis=1)
     values = jnp.where(counts, jax.vmap(loss)(student, teacher, where), 0)

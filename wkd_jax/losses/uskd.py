@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from wkd_jax.losses.ban import counting, group_mean
+from wkd_jax.losses.batch import counted, group_mean
 from wkd_jax.losses.classification import cross_entropy
 from wkd_jax.losses.feature import widened
 
@@ -83,7 +83,7 @@ def uskd(
 
     log_q = jax.nn.log_softmax(logits)
     labelled = (classes[..., None] == jnp.arange(logits.shape[-1])) & (values > 0)[..., None]  # [B, 1 or 2, C]
-    counts = counting(where, len(logits))
+    counts = counted(where, (len(logits),))
     target_term = jnp.zeros(len(logits), logits.dtype)
     for number in range(classes.shape[-1]):
         value = values[:, number]

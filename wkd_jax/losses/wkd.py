@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from wkd_jax.losses.kl import softened
 from wkd_jax.losses.sinkhorn import SinkhornOutput, sinkhorn
 
 Array = jax.Array
@@ -197,10 +198,8 @@ def _class_transport(
 ) -> SinkhornOutput:
     if exact_marginal not in ("student", "teacher"):
         raise ValueError(f'exact_marginal={exact_marginal!r}: must be "student" or "teacher"')
-    if not isinstance(temperature, jax.core.Tracer) and not np.all(np.asarray(temperature) > 0):
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    per_row = jnp.asarray(temperature, student.dtype)[..., None]
-    student, teacher = jax.nn.softmax(student / per_row), jax.nn.softmax(teacher / per_row)
+    student, teacher, _ = softened(student, teacher, temperature)
+    student, teacher = jax.nn.softmax(student), jax.nn.softmax(teacher)
     if exact_marginal == "teacher":
         return sinkhorn(teacher, student, jnp.swapaxes(ground_cost, -1, -2), **options)
     return sinkhorn(student, teacher, ground_cost, **options)

@@ -17,8 +17,7 @@ from flax import nnx
 
 from wkd_jax import losses
 from wkd_jax.methods import checks, schedule
-from wkd_jax.methods.reviewkd import nearest
-from wkd_jax.methods.taps import map_of
+from wkd_jax.methods.taps import map_of, nearest
 from wkd_jax.models.connectors import spatial_size
 from wkd_jax.models.layers import Conv
 from wkd_jax.models.transformer import Attention, Block, linear, normal_02

@@ -6,12 +6,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from wkd_jax import losses
 from wkd_jax.methods import checks, schedule
-from wkd_jax.methods.taps import find_tap, map_of
+from wkd_jax.methods.taps import find_tap, map_of, nearest
 from wkd_jax.models.layers import BatchNorm, Conv
 from wkd_jax.types import Array, Context, ModelInfo, Outputs, Setup, Tap, Term, Terms
 
@@ -108,24 +107,6 @@ class ReviewKD(nnx.Module):
         """The levels as maps, from the shallowest on; the pooled feature is the last."""
         maps = [map_of(getattr(outputs, field)[name], tap, self.image_size) for name, (field, tap) in levels.items()]
         return [*maps, outputs.pooled[:, None, None].astype(maps[-1].dtype)]
-
-
-def nearest(x: Array, size: tuple[int, int]) -> Array:
-    """[B, H, W, D] at another size: position i takes what is at floor(i * H / size), as torch's "nearest" does.
-
-    (`jax.image.resize` takes the nearest to the middle, which is another one where a map shrinks.)
-
-    Example:
-      >>> nearest(jnp.arange(4.0).reshape(1, 1, 4, 1), (1, 2)).ravel().tolist()
-      [0.0, 2.0]
-    """
-    for axis, side in ((1, size[0]), (2, size[1])):
-        now = x.shape[axis]
-        if side % now == 0:
-            x = jnp.repeat(x, side // now, axis=axis)  # a broadcast, whose derivative is a sum
-        else:
-            x = jnp.take(x, np.arange(side) * now // side, axis=axis)
-    return x
 
 
 def _levels(info: ModelInfo, side: str, config: Any, preactivation: bool) -> Levels:

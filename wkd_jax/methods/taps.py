@@ -1,8 +1,11 @@
-"""Taps by the names that configs use, and tokens as maps."""
+"""Taps by the names that configs use, tokens as maps, and maps at other sizes."""
 
 from __future__ import annotations
 
 import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
 
 from wkd_jax import registry
 from wkd_jax.models import connectors
@@ -43,3 +46,28 @@ def map_of(x: Array, tap: Tap, image_size: tuple[int, int]) -> Array:
     if tap.layout == "NHWC":
         return x
     return x[:, tap.prefix_tokens :].reshape(x.shape[0], *connectors.spatial_size(tap, image_size), x.shape[-1])
+
+
+def nearest(x: Array, size: tuple[int, int]) -> Array:
+    """[B, H, W, D] at another size: position i takes what is at floor(i * H / size), as torch's "nearest" does.
+
+    (`jax.image.resize` takes the nearest to the middle, which is another one where a map shrinks.)
+
+    Args:
+      x: [B, H, W, D].
+      size: (rows, columns) of the result.
+
+    Returns:
+      [B, *size, D].
+
+    Example:
+      >>> nearest(jnp.arange(4.0).reshape(1, 1, 4, 1), (1, 2)).ravel().tolist()
+      [0.0, 2.0]
+    """
+    for axis, side in ((1, size[0]), (2, size[1])):
+        now = x.shape[axis]
+        if side % now == 0:
+            x = jnp.repeat(x, side // now, axis=axis)  # a broadcast, whose derivative is a sum
+        else:
+            x = jnp.take(x, np.arange(side) * now // side, axis=axis)
+    return x
