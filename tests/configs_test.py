@@ -310,7 +310,7 @@ def test_derived_weights_of_the_ablation(features):
     shift = np.array([0, 0.05] if features == "gaussian_kl_full" else [0.05, 0], np.float32)
     shift *= 20 if features == "histogram_w1" else 1
     distance = lambda s, t: feature_distribution.FORMS[features](s, t, settings)  # noqa: E731
-    cost = jax.jit(distance, compiler_options=CHEAP)(teacher + shift, teacher)
+    cost = jax.jit(distance)(teacher + shift, teacher)
     if features == "gaussian_w2_full":
         cost = settings.mean_cov_ratio * cost[0] + cost[1]
     if features == "sinkhorn":
@@ -770,12 +770,6 @@ def test_the_whole_run_fits_together(file, arguments, monkeypatch):
 
 # One step on real images, small
 
-# Compiling is nearly all the time of these tests; the last option alone saves two thirds of it (jaxlib 0.10).
-CHEAP = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 TERMS = {"wkd_l": ("target", "wasserstein"), "wkd_f": ("mean", "covariance"), "kd": ("kl",)}
 # One block a stage.
 SHALLOW = {
@@ -862,7 +856,7 @@ def check_step(file: str, arguments: dict, overrides: list[str], size: int) -> N
     rows = np.arange(4, dtype=np.int32)
     images = Batch(data.train.images[rows], data.train.labels[rows], rows, np.ones(4, bool))
     batch = sharding.global_batch(images, built.mesh)
-    step = jax.jit(built.program.train_step).lower(built.state, built.frozen, batch).compile(compiler_options=CHEAP)
+    step = jax.jit(built.program.train_step).lower(built.state, built.frozen, batch).compile()
     state, metrics = step(built.state, built.frozen, batch)
 
     assert int(state.step) == 1

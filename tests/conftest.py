@@ -8,7 +8,9 @@ import tempfile
 import jax
 
 # Programs of tests run once or twice: what the compiler would take to make them fast is not earned back.
-CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+CHEAP = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CHEAP}"
 # Nothing is read from, or left in, the cache of whoever runs the tests.
 os.environ["WKD_JAX_CACHE"] = tempfile.mkdtemp(prefix="wkd_jax_tests_")

@@ -1,5 +1,6 @@
 """What every registered method owes: one step on one and on eight devices, gradients where they belong, one compile."""
 
+import dataclasses
 import re
 
 import jax
@@ -55,8 +56,9 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("dpk", pair): "methods.dpk" for pair in PAIRS if pair != "cnn_cnn"},
     **{("fcfd", pair): "methods.fcfd" for pair in PAIRS if pair != "cnn_cnn"},
 }
-# Compared on one and on eight devices in every run of the tests.
-QUICK = [("none", "cnn_cnn"), ("wkd_l+wkd_f", "cnn_cnn")]
+# Methods whose numbers are computed in every run of the tests, on one and on eight devices; of the others every run
+# traces the step, and their numbers are slow tests, since each is compiled several times.
+QUICK = ("none", "wkd_l+wkd_f")
 
 
 def drawn_data(side: int) -> MemoryDataSet:
@@ -139,9 +141,9 @@ def steps(built: build.Run, count: int, *, pair: str = "cnn_cnn", same_batch: bo
 
 
 def served(pairs):
-    """Every method on every kind of pair that it serves; what is not in `QUICK` is slow, since each compiles twice."""
+    """Every method on every kind of pair that it serves."""
     return [
-        pytest.param(method, pair, marks=[] if (method, pair) in QUICK else [pytest.mark.slow])
+        pytest.param(method, pair, marks=[] if method in QUICK and pair == "cnn_cnn" else [pytest.mark.slow])
         for pair in pairs
         for method in METHODS
         if (method, pair) not in REFUSED
@@ -162,7 +164,7 @@ def test_eight_devices_equal_one(method, pair):
         # The updates, not the parameters: those hardly move in two steps.
         moved = [np.asarray(state.params[name]) - np.asarray(start) for state in (one, eight)]
         scale = np.abs(moved[0]).max()
-        assert scale > 0 or re.search(r"bias$|fcfd/to_student", name), name
+        assert scale > 0 or no_influence(name), name
         # What moves a bias before a BatchNorm is rounding alone.
         np.testing.assert_allclose(*moved, atol=5e-3 * scale + 2e-8, err_msg=name)
     for name, value in one.variables.items():
@@ -182,11 +184,12 @@ def test_students_that_draw_at_random(pair):
     assert abs(one[0]["total"] - one[1]["total"]) > 1e-4
 
 
-# Large programs: fcfd's compiles for two minutes.
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(m, marks=[pytest.mark.slow] if m in ("fcfd", "frskd", "reviewkd", "dpk") else []) for m in METHODS],
-)
+def no_influence(name: str) -> bool:
+    """A bias before a BatchNorm has none, and in one step so have FCFD's bridges of paths that are not drawn."""
+    return bool(re.search(r"bias$|fcfd/to_student", name))
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else [pytest.mark.slow]) for m in METHODS])
 def test_gradients_go_where_they_belong_and_lower_the_loss(method):
     """One program: gradients with labels reach every parameter and no teacher's; without, the method's terms fall."""
     built = make(method)
@@ -202,9 +205,8 @@ def test_gradients_go_where_they_belong_and_lower_the_loss(method):
     assert all(map(np.isfinite, metrics.values()))
     for name, gradient in params.items():
         assert np.all(np.isfinite(gradient)), name
-    # A bias before a BatchNorm has no influence, and so have, in one step, FCFD's bridges of paths that are not drawn.
-    silent = [n for n, g in params.items() if not np.any(np.abs(g) > 0) and not re.search(r"bias$|fcfd/to_student", n)]
-    assert silent == []
+    silent = [name for name, gradient in params.items() if not np.any(np.abs(gradient) > 0)]
+    assert [name for name in silent if not no_influence(name)] == []
     for name, gradient in frozen.teacher.items():
         assert not np.any(gradient), name
     if method == "none":
@@ -218,12 +220,37 @@ def test_gradients_go_where_they_belong_and_lower_the_loss(method):
     assert values[-1] < values[0]
 
 
-def traced(method: str, pair: str, **changes):
-    """Shapes of the metrics of one step, of a run of which nothing is computed: what can be wrong without a number."""
+def planned(method: str, pair: str, **changes) -> tuple[build.Plan, Batch]:
+    """A run of which nothing is computed, and its batch, as shapes."""
     config = configured(method, pair=pair, **changes)
     of = teacher(pair, config["dtype"], abstract=True)
     plan = build.plan(config, data=DATA[pair], teacher=of, devices=jax.devices()[:1])
-    images = build.abstract_batch(BATCH, DATA[pair])
+    return plan, build.abstract_batch(BATCH, DATA[pair])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_go_where_they_belong(method):
+    """Read in the trace: the teacher's gradients are constants, and those of what is trained are not."""
+    plan, images = planned(method, "cnn_cnn")
+    progress, key = plan.program.clock.progress(jnp.zeros((), jnp.int32)), jax.random.key(0)
+
+    def total(params, teacher, variables, frozen, images):
+        frozen = dataclasses.replace(frozen, teacher=teacher)
+        return plan.program.loss(params, variables, frozen, images, progress, key)[0]
+
+    arguments = (plan.state.params, plan.frozen.teacher, plan.state.variables, plan.frozen, images)
+    jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(*arguments).jaxpr
+    known = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        if any(not hasattr(var, "val") and var in known for var in equation.invars):  # a literal has a value
+            known.update(equation.outvars)
+    names = [*sorted(arguments[0]), *sorted(arguments[1])]
+    assert [name for name, var in zip(names, jaxpr.outvars, strict=True) if var in known] == sorted(arguments[0])
+
+
+def traced(method: str, pair: str, **changes):
+    """Shapes of the metrics of one step: what can be wrong without a number."""
+    plan, images = planned(method, pair, **changes)
     state, metrics = jax.eval_shape(plan.program.train_step, plan.state, plan.frozen, images)
     kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, plan.state)]
     assert kinds[0] == kinds[1]

@@ -28,7 +28,6 @@ FORMS = {
     "sorted_w2": losses.feature_sorted_w2,
 }
 every_form = pytest.mark.parametrize("form", FORMS)
-CHEAP = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is the time
 
 
 def waves():
@@ -77,7 +76,7 @@ def test_goldens():
         ], losses.feature_sinkhorn(s[:, :6], t[:, :6], epsilon=0.0125, num_iters=1000, stabilizer=0.0)
 
     student, teacher = waves()
-    values, nearly_unregularized = jax.jit(run, compiler_options=CHEAP)(student, teacher)
+    values, nearly_unregularized = jax.jit(run)(student, teacher)
     for (name, expected), value in zip(GOLDENS.items(), values, strict=True):
         np.testing.assert_allclose(value, [expected], rtol=3e-6, atol=6e-7, err_msg=name)
     # 0.946025 is the cost of the best assignment of these positions, to which the plan tends.
@@ -140,7 +139,7 @@ def results(form):
         return value, *gradients
 
     student, teacher = (x.astype(np.float32) for x in rows(form))
-    values = jax.device_get(jax.jit(run, compiler_options=CHEAP)(student, teacher))
+    values = jax.device_get(jax.jit(run)(student, teacher))
     return dict(zip(ROWS, zip(*values, strict=True), strict=True))
 
 
@@ -275,9 +274,7 @@ def test_full_covariances_meet_those_of_given_moments():
     def ours(student):
         return FORMS["gaussian_w2_full"](student, teacher).sum()
 
-    values, gradients = zip(
-        *(jax.jit(jax.value_and_grad(f), compiler_options=CHEAP)(student) for f in (ours, given)), strict=True
-    )
+    values, gradients = zip(*(jax.jit(jax.value_and_grad(f))(student) for f in (ours, given)), strict=True)
     np.testing.assert_allclose(*values, rtol=1e-5)
     np.testing.assert_allclose(*gradients, atol=1e-4)
 
@@ -300,7 +297,7 @@ def test_histogram_limits():
         return first, value(held, held_teacher)[0], gradient, losses.feature_histogram_w1(student, teacher, bins=400)[0]
 
     held = [np.clip(x, 0.125, 0.875) for x in (student, teacher)]
-    run = jax.jit(run, compiler_options=CHEAP)
+    run = jax.jit(run)
     value, of_held, gradient, fine = jax.device_get(run(student, held[0], teacher, held[1]))
     np.testing.assert_allclose(value, of_held, rtol=1e-6)
     outside = (student < 0.125) | (student > 0.875)
