@@ -751,12 +751,9 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize(("file", "arguments"), WHOLE)
-def test_the_whole_run_fits_together(file, arguments, monkeypatch):
-    config = load(file, **arguments)
-    overrides = ["teacher.train.init.weights=''", "teacher.train.init.reset_head=False"]
-    if config.teacher and config.teacher.train and config.teacher.train.init.weights:
-        config = load(file, *overrides, **arguments)  # nothing is downloaded here
+@pytest.fixture(name="fits")
+def _fits(monkeypatch):
+    """Plans a run on data and with teachers of which only the shapes are known."""
 
     def pretrained(config, data):
         model = abstract(networks(config)[-1], len(data.class_names))
@@ -765,7 +762,31 @@ def test_the_whole_run_fits_together(file, arguments, monkeypatch):
 
     monkeypatch.setattr(build, "data_set", described)
     monkeypatch.setattr(build, "pretrained", pretrained)
-    build.check(config)
+
+    def fits(file, **arguments):
+        config = load(file, **arguments)
+        if config.teacher and config.teacher.train and config.teacher.train.init.weights:  # nothing is downloaded here
+            overrides = ["teacher.train.init.weights=''", "teacher.train.init.reset_head=False"]
+            config = load(file, *overrides, **arguments)
+        build.check(config)
+
+    return fits
+
+
+@pytest.mark.parametrize(("file", "arguments"), WHOLE)
+def test_the_whole_run_fits_together(file, arguments, fits):
+    fits(file, **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "pair"), [(file, pair) for file, table in ARGUMENTS.items() for pair in table.get("pair", [None])]
+)
+def test_every_row_fits_together(file, pair, fits):
+    rows = [row for row in combinations(file) if row.get("pair") == pair and row.get("teacher", "own") == "own"]
+    assert rows
+    for row in rows:
+        fits(file, **row)
 
 
 # One step on real images, small

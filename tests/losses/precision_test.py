@@ -9,6 +9,7 @@ import pytest
 from wkd_jax import losses
 
 C = 6
+VECTORS, MAPS = jnp.ones((8, C)), jnp.ones((2, 6, 6, C))
 
 
 def transport(gradient):
@@ -31,6 +32,20 @@ CASES = {
     **{
         f"cka {kernel}": (lambda x, kernel=kernel: losses.cka(x, kernel=kernel), (jnp.ones((3, 5, C)),))
         for kernel in ("linear", "polynomial", "rbf")
+    },
+    **{
+        name: (jax.value_and_grad(lambda x, y, loss=loss: jnp.sum(sum(jax.tree.leaves(loss(x, y))))), arguments)
+        for name, loss, arguments in (
+            ("cc_kernel", losses.cc_kernel, (VECTORS, VECTORS)),
+            ("rkd_angle", losses.rkd_angle, (VECTORS, VECTORS)),
+            ("emd_ipot", losses.emd_ipot, (VECTORS, VECTORS)),
+            ("ickd", losses.ickd, (MAPS, MAPS)),
+            ("minibatch_cka", losses.minibatch_cka, (VECTORS, VECTORS)),
+            ("hcl", losses.hcl, (MAPS, MAPS)),
+            ("feature_gaussian_kl_full", losses.feature_gaussian_kl_full, (MAPS, MAPS)),
+            ("feature_gaussian_w2_full", losses.feature_gaussian_w2_full, (MAPS, MAPS)),
+            ("feature_sinkhorn", losses.feature_sinkhorn, (MAPS, MAPS)),
+        )
     },
 }
 
