@@ -8,6 +8,7 @@ import pytest
 
 from wkd_jax import config as config_lib
 from wkd_jax import main, registry
+from wkd_jax.training import build
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("[a-z]*_*.py"))
 
@@ -92,6 +93,7 @@ def test_digits_offers_every_method(method):
     assert list(config.methods) == [method]
     assert config.data.train_images == 300
     assert (config.teacher is not None) == registry.get("methods", method).NEEDS_TEACHER
+    build.check(config)
 
 
 def test_overrides_reach_every_depth():
