@@ -2,8 +2,11 @@ import collections
 import itertools
 import json
 import math
+import os
 import resource
 import struct
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -232,3 +235,10 @@ def test_an_unwritable_directory_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=f"metrics cannot be written to {tmp_path / 'file'}"):
         MetricWriter(tmp_path / "file", resume_step=0)
+
+
+def test_pytorch_is_not_taken_along():
+    """TensorBoard's writer would load it where it is installed, but leaves it to others to import."""
+    program = "import sys, wkd_jax.training.metrics; assert 'torch' not in sys.modules; import torch"
+    pytest.importorskip("torch")
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)

@@ -11,17 +11,25 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from wkd_jax.training.workdir import write_atomically
+
+# tensorboardX takes PyTorch along wherever it is installed: seconds of every start, and its libraries on the devices.
+_loaded = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+finally:
+    if _loaded is None:
+        del sys.modules["torch"]
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
