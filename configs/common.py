@@ -9,24 +9,26 @@ def parse(argument: str, **defaults: Any) -> SimpleNamespace:
     """Arguments after the colon of --config: "key=value,key=value", each in the type of its default.
 
     Raises:
-      ValueError: For an unknown key, or a value of another type.
+      ValueError: For an unknown key, one given twice, or a value of another type.
 
     Example:
       >>> parse("seed=3", method="kd", seed=0)
       namespace(method='kd', seed=3)
     """
-    values = dict(defaults)
+    values: dict[str, Any] = {}
     for item in filter(None, argument.split(",")):
         key, equals, text = item.partition("=")
         if key not in defaults:
             raise ValueError(f"config argument {key!r}: {_hint(key, defaults)}")
+        if key in values:
+            raise ValueError(f"config argument {item!r}: {key} is given twice, {values[key]!r} before; give it once")
         try:
             values[key] = type(defaults[key])(text)
         except ValueError:
             equals = ""
         if not equals:
             raise ValueError(f"config argument {item!r}: needs {key}=<{type(defaults[key]).__name__}>")
-    return SimpleNamespace(**values)
+    return SimpleNamespace(**defaults | values)
 
 
 def choose(key: str, name: str, table: dict[str, Any]) -> Any:

@@ -10,10 +10,12 @@ Arguments:
                 always sees all of them. The number of steps stays about the same.
   seed          of the student's run; the teacher's is 0
 
-Not a setting of the paper: a small one that runs everything the paper's settings run. The rivals have their CIFAR-100
-weights where those are published, less where ten classes instead of a hundred are in the formula (Tf-KD), or where a term
-would start at more than ten times the cross-entropy (FitNet, CAT-KD, the KL of features); nothing is tuned. Expected
-numbers: README, and docs/methods.md for all methods.
+Not a setting of the paper: a small one that runs everything the paper's settings run. The rivals have weights of the
+order of those published for CIFAR-100 or ImageNet, less where ten classes instead of a hundred are in the formula
+(Tf-KD), or where a term would start at more than some ten times the cross-entropy (FitNet, CAT-KD, the KL of features).
+Nothing is tuned. Expected numbers: README.
+
+Sums of methods: a label weight of its own (BAN's, Tf-KD's) belongs to the method alone, in a sum it is 1.
 """
 
 from ml_collections import ConfigDict
@@ -47,7 +49,7 @@ METHODS = {
     "zipf": dict(weight=0.1),
     "uskd": dict(target_weight=0.1, nontarget_weight=0.1, weak_weight=0.1),
     "ban": dict(weight=1.0),
-    "feature_distribution": dict(weight=0.005, form="gaussian_kl", projector="conv1x1"),
+    "feature_distribution": dict(weight=0.005, form="gaussian_kl", eps=1e-2, projector="conv1x1"),
     "wkd_l": dict(weight=10.0, temperature=4.0, schedule=dict(name="cosine", start=0)),
     "wkd_f": dict(weight=0.1, mean_cov_ratio=4.0, projector="conv1x1", grid=1, schedule=dict(name="cosine", start=0)),
 }
@@ -59,6 +61,9 @@ ALONE = ("none", "tf_kd_reg", "frskd", "zipf", "uskd")  # methods without a teac
 def get_config(argument: str = "") -> ConfigDict:
     """The config; see the file's head for the arguments."""
     args = common.parse(argument, method="wkd_l+wkd_f", train_images=0, seed=0)
+    names = args.method.split("+")
+    if len({*names}) < len(names):
+        raise ValueError(f"config argument method={args.method}: names a method twice")
     if args.train_images < 0:
         raise ValueError(f"config argument train_images={args.train_images}: must be 0 or more")
     config = _base(epochs=round(20 * 1297 / (args.train_images or 1297)))
@@ -67,8 +72,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.train_images = args.train_images
     config.student = ConfigDict(dict(name="resnet8"))
     config.task.label_weight = LABEL_WEIGHTS.get(args.method, 1.0)
-    config.methods = ConfigDict({name: common.choose("method", name, METHODS) for name in args.method.split("+")})
-    if args.method not in ALONE:
+    config.methods = ConfigDict({name: common.choose("method", name, METHODS) for name in names})
+    if not {*names} <= {*ALONE}:
         config.teacher = ConfigDict(dict(train=_teacher()))
     return config
 

@@ -38,8 +38,10 @@ Full covariances did worse than diagonal ones [P]. There is neither code nor a s
 weights are derived and to be tuned [D]: at unit variances (scales, means) a small difference d of a channel's means
 costs 0.04 d^2, as in gaussian_w2. That is so at d = 1 for histogram_w1, which is of first order; in directions that the
 student does not span, nearly all, for gaussian_kl_full with its ridge of 0.01; at a largest cost of 1000 for sinkhorn.
-All else is WKD-F's: last taps, bottleneck projector, cosine to 0 [D]. One distribution a map, as the text says; the
-72.50 were made with a 4 x 4 grid by the released code: imagenet_wkd.py:method=wkd_f.
+A KL divides by the student's variances (scales, means), to which 0.01 is added [D]: with the 1e-5 of WKD-F one dead
+channel outweighs all others, and a student of the digits diverged. All else is WKD-F's: last taps, bottleneck
+projector, cosine to 0 [D]. One distribution a map, as the text says; the 72.50 were made with a 4 x 4 grid by the
+released code: imagenet_wkd.py:method=wkd_f.
 
 Protocol: that of imagenet_wkd.py with recipe=code; see its last paragraph for what differs. Hardware and time: unknown
 but for the rows there. No number here was measured with this package.
@@ -75,11 +77,11 @@ FEATURES = {
         "code", dict(wkd_f=dict(weight=0.02, mean_cov_ratio=2.0, projector="bottleneck", grid=1))
     ),
     "gaussian_w2_full": _distribution("gaussian_w2_full", 0.02, mean_cov_ratio=2.0),
-    "gaussian_kl": _distribution("gaussian_kl", 0.08, eps=1e-5),
-    "gaussian_kl_symmetric": _distribution("gaussian_kl_symmetric", 0.04, eps=1e-5),
+    "gaussian_kl": _distribution("gaussian_kl", 0.08, eps=1e-2),
+    "gaussian_kl_symmetric": _distribution("gaussian_kl_symmetric", 0.04, eps=1e-2),
     "gaussian_kl_full": _distribution("gaussian_kl_full", 8e-4, ridge=1e-2),
-    "laplace_kl": _distribution("laplace_kl", 0.08, eps=1e-5),
-    "exponential_kl": _distribution("exponential_kl", 0.08, eps=1e-5),
+    "laplace_kl": _distribution("laplace_kl", 0.08, eps=1e-2),
+    "exponential_kl": _distribution("exponential_kl", 0.08, eps=1e-2),
     "sinkhorn": _distribution("sinkhorn", 40.0, epsilon=0.05, num_iters=50),
     "histogram_w1": _distribution("histogram_w1", 0.04, bins=16),
     "sorted_w2": _distribution("sorted_w2", 0.04),

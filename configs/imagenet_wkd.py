@@ -6,7 +6,8 @@
 Arguments:
   pair      r34_r18 (the default) or r50_mv1
   method    wkd_l, wkd_f or wkd_l+wkd_f (the default)
-  recipe    code (the default): the authors' released code; paper: what their text says where the two differ
+  recipe    code (the default): the authors' released code; paper: what their text says where the two differ; wkd: code
+            by the name that imagenet_baselines.py has for the same protocol
   source    tfds (the default): imagenet2012 of TensorFlow Datasets; folder: train/<class>/*.JPEG, val/<class>/*.JPEG
   data_dir  where that is; default: TensorFlow Datasets' own. A folder needs it.
   seed      default 0, as released [C]
@@ -99,21 +100,22 @@ def get_config(argument: str = "") -> ConfigDict:
     args = common.parse(
         argument, pair="r34_r18", method="wkd_l+wkd_f", recipe="code", source="tfds", data_dir="", seed=0
     )
-    rows, pair = common.choose("recipe", args.recipe, ROWS), common.choose("pair", args.pair, PAIRS)
+    recipe = "code" if args.recipe == "wkd" else args.recipe
+    rows, pair = common.choose("recipe", recipe, ROWS), common.choose("pair", args.pair, PAIRS)
     row = common.choose("method", args.method, rows[args.pair])
-    code = args.recipe == "code"
+    code = recipe == "code"
     shared = dict(
         wkd_l=dict(temperature=2.0),
         wkd_f=dict(mean_cov_ratio=2.0, projector="bottleneck", grid=4 if code else 1),
     )
     methods = {name: shared[name] | own for name, own in row.items()}
     config = ConfigDict(common.imagenet_schedule(nesterov=code))
-    config.name = common.file_name("imagenet", args.pair, args.method, "" if code else args.recipe)
+    config.name = common.file_name("imagenet", args.pair, args.method, "" if code else recipe)
     config.seed = args.seed
     config.dtype = "bfloat16" if code else "float32"
     config.data = ConfigDict(common.imagenet(args.source, args.data_dir))
     config.student = ConfigDict(dict(name=pair["student"]))
     config.teacher = ConfigDict(dict(weights=pair["teacher"]))
     config.interrelation = ConfigDict(common.interrelation("logits" if code else "pooled"))
-    config.methods = ConfigDict(common.wkd(args.recipe, methods, start=STARTS.get((args.pair, args.method), 0)))
+    config.methods = ConfigDict(common.wkd(recipe, methods, start=STARTS.get((args.pair, args.method), 0)))
     return config

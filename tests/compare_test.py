@@ -175,6 +175,7 @@ def test_overrides_go_to_the_rows_that_have_what_they_set():
         (["--methods", "none", "--config.epochs=0"], "epochs=0: must be above 0"),
         (["--methods", "kd", "--baseline", "none"], "--baseline none: not one of --methods kd"),
         (["--methods", "kd", "kd"], "given once"),
+        (["--methods", "none,kd"], "--methods none,kd: names of methods, separated by spaces"),
         (["--methods", "kd", "--x"], "unknown argument '--x'"),
         ([], "--config needs --methods and --seeds"),
     ],
@@ -222,8 +223,15 @@ def test_a_published_table(monkeypatch, capsys):
     assert compare.main(["--table", "imagenet_r34_r18:source=folder,data_dir=x", "--out", "out"]) == 0
     out = capsys.readouterr().out
     assert f"{config},source=folder,data_dir=x`" in out and "differs in data.name: 'image_folder' -> 'tfds" in out
-    assert compare.main(["--table", "imagenet_r34"]) == 1
-    assert "did you mean 'imagenet_r34_r18'" in capsys.readouterr().err
+    for wrong, message in (
+        ("imagenet_r34", "did you mean 'imagenet_r34_r18'"),
+        ("imagenet_r34_r18:method=kd", "method belongs to the rows of the table"),
+        ("imagenet_r34_r18:pair=r50_mv1", "pair belongs to the rows of the table"),
+    ):
+        assert compare.main(["--table", wrong]) == 1
+        assert message in capsys.readouterr().err
+    assert compare.main(["--table", "imagenet_r34_r18:recipe=wkd", "--out", "out"]) == 0
+    assert "no config" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -109,6 +109,8 @@ def test_overrides_reach_every_depth():
         ("configs/nowhere.py", [], r"configs/nowhere.py: there is no such file"),
         ("configs/digits_wkd.py:methd=kd", [], r"'methd': did you mean 'method'"),
         ("configs/digits_wkd.py:method=wkd_k", [], r"method=wkd_k: did you mean 'wkd_"),
+        ("configs/digits_wkd.py:seed=1,seed=2", [], r"'seed=2': seed is given twice, 1 before"),
+        ("configs/digits_wkd.py:method=kd+kd", [], r"method=kd\+kd: names a method twice"),
         ("configs/digits_wkd.py:seed=x", [], r"'seed=x': needs seed=<int>"),
         ("configs/digits_wkd.py", ["epochs"], r"--config.epochs: write --config.epochs=VALUE"),
         ("configs/digits_wkd.py", ["epochs.x=1"], r"epochs is 20, not a section"),

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     overrides = main_lib.overrides_of(parser, rest)
     if args.table:
-        if args.methods or args.seeds or args.baseline or args.collect or overrides:
+        if args.methods or args.seeds is not None or args.baseline or args.collect or overrides:
             parser.error("--table takes --runs and --out alone: its rows are those of the paper, and it runs nothing")
     elif not args.methods or args.seeds is None:
         parser.error("--config needs --methods and --seeds")
@@ -133,6 +133,8 @@ def plan(argument: str, methods: Sequence[str], seeds: int, overrides: Sequence[
     Raises:
       ValueError: If a config is not valid, no row has what an override sets, or two rows are the same run.
     """
+    if odd := [method for method in methods if "," in method or "=" in method]:
+        raise ValueError(f"--methods {odd[0]}: names of methods, separated by spaces")
     keys = [item.partition("=")[0] for item in (*argument.partition(":")[2].split(","), *overrides)]
     if taken := {"method", "seed"} & {*keys}:
         raise ValueError(f"{min(taken)}: comes from --methods and --seeds, so it cannot be set otherwise")
@@ -215,6 +217,9 @@ def _published(args: argparse.Namespace, command: str) -> int:
         raise ValueError(f"--table: {registry.unknown('table', name, TABLES)}")
     if not pathlib.Path("configs").is_dir():
         raise ValueError("--table: there is no configs/ here; run it where the repository's configs are")
+    own = _keys(",".join(row.config.partition(":")[2] for row in TABLES[name].rows if row.config))
+    if taken := own & _keys(arguments):
+        raise ValueError(f"--table {args.table}: {min(taken)} belongs to the rows of the table: leave it out")
     everything, found, commands, notes = _search(args.runs), {}, {}, []
     for row in TABLES[name].rows:
         if not row.config:
@@ -237,6 +242,11 @@ def _published(args: argparse.Namespace, command: str) -> int:
     text = compare.published(TABLES[name], command, found, commands, notes)
     _write(pathlib.Path(args.out or f"compare/{name}"), text, [run for row in found.values() for run in row], None)
     return 0
+
+
+def _keys(argument: str) -> set[str]:
+    """Of a config's arguments, "key=value,key=value"."""
+    return {item.partition("=")[0] for item in argument.split(",") if item}
 
 
 def _changes(config: Mapping[str, Any], run: runs.Found) -> list[str]:

@@ -218,3 +218,13 @@ def test_ground_cost_of_a_released_matrix():
     off_diagonal = cost[~np.eye(len(cost), dtype=bool)]
     np.testing.assert_allclose(np.percentile(off_diagonal, [0, 50, 100]), [0.6114, 0.6193, 0.6276], atol=1e-4)
     np.testing.assert_array_equal(np.diag(cost), 0)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_cka_within_shard_map(kernel):
+    """Each device computes that of its own features."""
+    x = jax.random.normal(jax.random.key(3), (8, 3, 5, 4))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    each = jax.shard_map(lambda x: cka(x[0], kernel=kernel)[None], mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_allclose(jax.jit(each)(x)[5], cka(x[5], kernel=kernel), atol=1e-6)

@@ -30,7 +30,8 @@ def crd_scores(bank: Array, index: Array, embedding: Array, *, temperature: floa
 
     Args:
       bank: [N, D], any float dtype; computed in float32, or float64 where an input is.
-      index: [B, K] int, rows of the memory for each example.
+      index: [B, K] int, rows of the memory for each example, from 0 to N - 1 (others are not found out: under `jit`
+        they read the nearest row).
       embedding: [B, D].
       temperature: Above 0.
 
@@ -87,7 +88,7 @@ def crd(scores: Array, constant: Array | float, *, num_examples: int, eps: float
     References:
       Tian, Krishnan, Isola, "Contrastive Representation Distillation", ICLR 2020, arXiv 1910.10699, equations 17 to 19.
     """
-    if jnp.ndim(scores) != 2 or scores.shape[1] < 2 or num_examples < 1:
+    if jnp.ndim(scores) != 2 or jnp.shape(scores)[1] < 2 or num_examples < 1:
         raise ValueError(
             f"scores must be [B, 1 + K] with K >= 1 and num_examples at least 1, got {jnp.shape(scores)} and "
             f"num_examples={num_examples}"
@@ -146,7 +147,7 @@ def crd_update(
       [N, D], dtype of `bank`, without a gradient.
 
     Raises:
-      ValueError: If the momentum is out of range, or `where` does not fit.
+      ValueError: If the momentum is out of range, or shapes do not fit.
 
     Example:
       >>> print(crd_update(jnp.eye(2), jnp.array([1]), jnp.array([[1.0, 0.0]])).round(4))
@@ -155,6 +156,10 @@ def crd_update(
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum={momentum}: must be from 0 to below 1")
+    shapes = [jnp.shape(x) for x in (bank, index, embedding)]
+    if [len(shape) for shape in shapes] != [2, 1, 2] or (shapes[1][0], shapes[0][1]) != shapes[2]:
+        raise ValueError(f"bank, index and embedding must be [N, D], [B] and [B, D], got {shapes}")
+    index = jnp.asarray(index)
     bank, embedding = (jax.lax.stop_gradient(jnp.asarray(x)) for x in (bank, embedding))
     where = counted(where, (len(index),))
     later = jnp.arange(len(index)) > jnp.arange(len(index))[:, None]

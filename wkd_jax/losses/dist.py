@@ -42,7 +42,7 @@ def dist(
       (inter [B, ...], intra scalar). `inter` is not masked. `intra` is 0 where no row counts.
 
     Raises:
-      ValueError: If shapes do not match, the temperature is not positive, or groups do not divide B.
+      ValueError: If shapes do not match, the temperature is not one positive number, or groups do not divide B.
 
     Example:
       >>> teacher = jnp.array([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0], [1.0, 1.0, -1.0]])
@@ -53,6 +53,8 @@ def dist(
     References:
       Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv 2205.10536, section 3.
     """
+    if jnp.ndim(temperature):
+        raise ValueError(f"temperature must be one number, since classes are compared over examples, got {temperature}")
     if jnp.ndim(student_logits) < 2:
         raise ValueError(f"dist relates the examples of a batch: needs [B, ..., C], got {jnp.shape(student_logits)}")
     student, teacher, squared = softened(student_logits, teacher_logits, temperature)

@@ -54,14 +54,19 @@ def adaptive_average_pool(x: Array, size: int) -> Array:
     Returns:
       [B, size, size, D], dtype of `x`.
 
+    Raises:
+      ValueError: If `x` is no map of floats.
+
     Example:
       >>> x = jnp.arange(9.0).reshape(1, 3, 3, 1)
       >>> print(adaptive_average_pool(x, 2)[0, :, :, 0])
       [[2. 3.]
        [5. 6.]]
     """
-    if jnp.ndim(x) != 4 or size < 1:
-        raise ValueError(f"needs a map [B, H, W, D] and size >= 1, got {jnp.shape(x)} and size={size}")
+    if jnp.ndim(x) != 4 or size < 1 or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise ValueError(
+            f"needs a map [B, H, W, D] of floats and size >= 1, got {jnp.result_type(x)} {jnp.shape(x)} and size={size}"
+        )
     rows, columns = (_cells(side, size).astype(jnp.result_type(x)) for side in x.shape[1:3])
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return einsum("ih,bhjd->bijd", rows, einsum("jw,bhwd->bhjd", columns, x))

@@ -60,7 +60,8 @@ def kd(student_logits: Array, teacher_logits: Array, *, temperature: float | Arr
     References:
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
     """
-    return jnp.square(temperature) * kl(student_logits, teacher_logits, temperature=temperature)
+    student, teacher, squared = softened(student_logits, teacher_logits, temperature)
+    return squared * divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student))
 
 
 def softened(

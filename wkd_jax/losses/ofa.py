@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from wkd_jax.losses.decoupled import target_mask
+from wkd_jax.losses.kl import softened
+
 Array = jax.Array
 
 
@@ -56,26 +59,13 @@ def ofa(
       Hao et al., "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation",
       NeurIPS 2023, arXiv 2310.19444.
     """
-    shape, labels = jnp.shape(student_logits), jnp.asarray(labels)
-    if shape != jnp.shape(teacher_logits) or not shape:
-        raise ValueError(
-            f"student and teacher logits must both be [..., C], got {shape} and {jnp.shape(teacher_logits)}"
-        )
-    if labels.shape != shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels must be integers of shape {shape[:-1]}, got {labels.dtype} {labels.shape}; of mixed labels, take "
-            "the argmax"
-        )
     if not power >= 1:
         raise ValueError(f"power={power}: must be 1 or more")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be above 0")
     if form not in ("code", "paper"):
         raise ValueError(f'form={form!r}: must be "code" or "paper"')
-    dtype = jnp.promote_types(jnp.result_type(student_logits, teacher_logits), jnp.float32)
-    student, teacher = (jnp.asarray(x, dtype) / temperature for x in (student_logits, teacher_logits))
-    p, log_q = jax.nn.softmax(jax.lax.stop_gradient(teacher), axis=-1), jax.nn.log_softmax(student, axis=-1)
-    target = labels[..., None] == jnp.arange(shape[-1])
+    student, teacher, _ = softened(student_logits, teacher_logits, temperature)
+    target = target_mask(student, labels)
+    p, log_q = jax.nn.softmax(teacher), jax.nn.log_softmax(student)
     if form == "code":
         weights = jnp.where(target, jnp.expm1(power * jnp.log1p(p)), p**power)  # exact for small p, too
     else:

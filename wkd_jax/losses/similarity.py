@@ -219,7 +219,7 @@ def _products_of_features(features: Array, shift: _Shift) -> Array:
         cross = jnp.einsum("ind,jne->ijde", x, y, precision=lax.Precision.HIGHEST)
         return lax.dynamic_update_slice(products, jnp.sum(cross**2, axis=(2, 3)), (i, j))
 
-    upper = lax.fori_loop(0, len(first), add, jnp.zeros((classes, classes), jnp.float32))
+    upper = lax.fori_loop(0, len(first), add, _zeros(features, classes, classes))
     return jnp.triu(upper) + jnp.triu(upper, 1).T
 
 
@@ -247,12 +247,17 @@ def _products_of_samples(features: Array, shift: _Shift, kernel: str, parameter:
             gram = jnp.where(new_a[:, None] & new_b, gram, 0.0)
             return lax.dynamic_update_slice(values, gram.reshape(size, rows * rows), (start, 0))
 
-        values = lax.fori_loop(0, -(-classes // size), fill, jnp.zeros((classes, rows * rows), jnp.float32))
+        values = lax.fori_loop(0, -(-classes // size), fill, _zeros(features, classes, rows * rows))
         weight = jnp.where(p == q, 1.0, 2.0)  # blocks off the diagonal stand for their mirror images too
         return products + weight * jnp.matmul(values, values.T, precision=lax.Precision.HIGHEST)
 
-    products: Array = lax.fori_loop(0, len(first), add, jnp.zeros((classes, classes), jnp.float32))
+    products: Array = lax.fori_loop(0, len(first), add, _zeros(features, classes, classes))
     return products
+
+
+def _zeros(features: Array, *shape: int) -> Array:
+    """float32 zeros that under `shard_map` differ between devices as the features do: a loop's carry keeps its type."""
+    return jnp.zeros(shape, jnp.float32) + jnp.sum(features[:0], dtype=jnp.float32)
 
 
 def _centre(features: Array, shift: _Shift, kernel: str, parameter: float) -> _Centre:

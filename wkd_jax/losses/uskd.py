@@ -70,7 +70,9 @@ def uskd(
       and Customized Soft Labels", ICCV 2023, arXiv 2303.13005, section 3.
     """
     if jnp.ndim(logits) != 2 or jnp.shape(logits) != jnp.shape(weak_logits):
-        raise ValueError(f"logits and weak_logits must both be [B, C], got {logits.shape} and {weak_logits.shape}")
+        raise ValueError(
+            f"logits and weak_logits must both be [B, C], got {jnp.shape(logits)} and {jnp.shape(weak_logits)}"
+        )
     labels = jnp.asarray(labels)
     weak_term = cross_entropy(weak_logits, labels, label_smoothing=weak_smoothing)  # checks the labels
     logits, weak_logits = widened(logits, weak_logits)

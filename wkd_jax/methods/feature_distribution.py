@@ -53,7 +53,7 @@ class FeatureDistribution(ProjectedPair):
         "weight": 0.08,  # of the distance; follows `schedule`
         **ProjectedPair.PROJECTED,
         "mean_cov_ratio": 2.0,  # gaussian_w2_full: of the means, relative to the covariances
-        "eps": 1e-5,  # other KL than gaussian_kl_full: added to variances, scales or means
+        "eps": 1e-2,  # other KL than gaussian_kl_full: added to variances, scales or means
         "ridge": 1e-2,  # gaussian_kl_full: added to the eigenvalues of the covariances
         "epsilon": 0.05,  # sinkhorn: entropic regularisation, in units of a map's largest cost
         "num_iters": 50,  # sinkhorn: updates

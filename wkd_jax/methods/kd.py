@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from flax import nnx
 
 from wkd_jax import losses
-from wkd_jax.methods import schedule
+from wkd_jax.methods import checks, schedule
 from wkd_jax.types import Context, Setup, Term, Terms
 
 
@@ -23,8 +23,7 @@ class KD(nnx.Module):
 
     def __init__(self, config: Any, setup: Setup, *, rngs: nnx.Rngs) -> None:
         del rngs
-        if config["temperature"] <= 0:
-            raise ValueError(f"methods.kd.temperature={config['temperature']}: must be above 0")
+        checks.positive("kd", config, "temperature")
         schedule.check("kd", config["weight"], config["schedule"], setup.epochs)
         self.config = config
 

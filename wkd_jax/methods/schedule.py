@@ -32,6 +32,11 @@ def check(method: str, base: float, schedule: Mapping[str, Any], epochs: int) ->
         raise ValueError(
             f"methods.{method}.schedule.start={schedule['start']}: must be from 0 to below the run's epochs, {epochs}"
         )
+    if schedule["name"] == "constant" and schedule["start"]:
+        raise ValueError(
+            f"methods.{method}.schedule.start={schedule['start']}: belongs to 'cosine'; leave it at 0, or set "
+            f"methods.{method}.schedule.name to 'cosine'"
+        )
     if schedule["warmup"] < 0:
         raise ValueError(f"methods.{method}.schedule.warmup={schedule['warmup']}: must be 0 or more epochs")
     if schedule["name"] == "cosine" and epochs == 1:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from flax import nnx
 
 from wkd_jax import losses
 from wkd_jax.methods import schedule
-from wkd_jax.types import Context, Setup, Term, Terms
+from wkd_jax.types import Array, Context, Setup, Term, Terms
 
 
 class WTTM(nnx.Module):
@@ -18,6 +19,7 @@ class WTTM(nnx.Module):
     """
 
     NAME: ClassVar[str] = "wttm"
+    LOSS: ClassVar[Callable[..., Array]] = staticmethod(losses.wttm)
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "weight": 1.6,
         "power": 0.8,  # of the teacher's probabilities: 1 / its temperature
@@ -36,8 +38,7 @@ class WTTM(nnx.Module):
 
     def terms(self, context: Context) -> Terms:
         """The term `kl`."""
-        loss = {"ttm": losses.ttm, "wttm": losses.wttm}[self.NAME]
-        value = loss(context.student.logits, context.teacher.logits, power=self.config["power"])
+        value = self.LOSS(context.student.logits, context.teacher.logits, power=self.config["power"])
         weight = schedule.weight(self.config["weight"], self.config["schedule"], context.progress)
         return {"kl": Term(value, weight, where=context.student.valid)}
 
@@ -50,6 +51,7 @@ class TTM(WTTM):
     """
 
     NAME = "ttm"
+    LOSS = staticmethod(losses.ttm)
     DEFAULTS: ClassVar[dict[str, Any]] = {**WTTM.DEFAULTS, "weight": 100.0, "power": 0.1}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from wkd_jax import losses
-from wkd_jax.methods import schedule
+from wkd_jax.methods import checks, schedule
 from wkd_jax.models.functional import Constant
 from wkd_jax.types import Array, Context, Setup, Term, Terms
 
@@ -42,13 +42,9 @@ class WKDLogit(nnx.Module):
 
     def __init__(self, config: Any, setup: Setup, *, rngs: nnx.Rngs) -> None:
         del rngs
-        if config["sharpness"] < 0:
-            raise ValueError(f"methods.wkd_l.sharpness={config['sharpness']}: must be 0 or more")
-        if config["temperature"] <= 0:
-            raise ValueError(f"methods.wkd_l.temperature={config['temperature']}: must be above 0")
+        checks.not_negative("wkd_l", config, "sharpness", "target_weight")
+        checks.positive("wkd_l", config, "temperature")
         schedule.check("wkd_l", config["weight"], config["schedule"], setup.epochs)
-        if config["target_weight"] < 0:
-            raise ValueError(f"methods.wkd_l.target_weight={config['target_weight']}: must be 0 or more")
         keys = ("temperature", "epsilon", "num_iters", "gradient", "stabilizer", "exact_marginal")
         self.solver = {key: config[key] for key in keys}
         self.config = config
