@@ -308,6 +308,7 @@ def _median(x: Array) -> Array:
             candidate = found | (1 << (30 - k))
             return jnp.where(jnp.sum(bits < candidate) <= rank, candidate, found)
 
-        return lax.bitcast_convert_type(lax.fori_loop(0, 31, decide, jnp.int32(0)), jnp.float32)
+        zero = jnp.sum(bits.ravel()[:0])  # of a type that `shard_map` takes for one that differs as `x` does
+        return lax.bitcast_convert_type(lax.fori_loop(0, 31, decide, zero), jnp.float32)
 
     return (at((x.size - 1) // 2) + at(x.size // 2)) / 2
