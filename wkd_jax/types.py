@@ -26,7 +26,7 @@ class Batch:
 
     Attributes:
       image: [B, H, W, 3], uint8 as loaded and augmented; float32, normalised, once made a network's input.
-      label: [B] int32, or [B, C] float32 once labels were mixed.
+      label: [B] int32, or [B, C] float32 once labels were mixed; of detection [B, M] int32, one a box, -1 for padding.
       index: [B] int32, position of each example in its data set (memory banks address by it).
       valid: [B] bool, False for padding, which training batches never have, and for images that could not be read.
       extra: What one task adds, such as the padded boxes of a detection batch.
@@ -291,11 +291,11 @@ class Task(Protocol):
     def normalise(self, batch: Batch, normalisation: Normalisation) -> Batch:
         """Turns a batch into the input of a network."""
 
-    def student_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Extra keyword inputs of the student's call in training (a detector's padded ground truth)."""
+    def student_inputs(self, batch: Batch, *, train: bool) -> dict[str, Any]:
+        """Extra keyword inputs of the student's call (a detector's image sizes; in training its ground truth)."""
 
     def teacher_inputs(self, batch: Batch, student: Outputs) -> dict[str, Any]:
-        """Extra keyword inputs of the teacher's call (the student's sampled proposals, so that rows line up)."""
+        """Extra keyword inputs of the teacher's call (the student's sampled regions, so that rows line up)."""
 
     def labels(self, batch: Batch, student: Outputs) -> Array:
         """Integer labels of the rows of `student.logits`; the largest entry where labels are mixed."""

@@ -21,6 +21,10 @@ class Memory(nnx.Variable):
     """State that a method carries from step to step and that is checkpointed, such as a memory bank."""
 
 
+class Fixed(nnx.BatchStat):
+    """A parameter that is not trained here, such as those of a detector's first stages; it is checkpointed."""
+
+
 class Constant(nnx.Variable):
     """An array that a method needs and that never changes, such as a ground cost. It is not checkpointed."""
 

@@ -87,6 +87,18 @@ class InvertedResidual(nnx.Module):
         return x + y if self.residual else y
 
 
+def body(conv: Any, norm: Any) -> list[nnx.Module]:
+    """The stem and the blocks, of `conv(in_features, features, size, *, stride, groups)` and `norm(features)`."""
+    modules: list[nnx.Module] = [ConvNorm([conv(3, STEM, 3, stride=2), norm(STEM)])]
+    width = STEM
+    for expansion, features, repeats, stride in STAGES:
+        for position in range(repeats):
+            settings = {"expansion": expansion, "stride": 1 if position else stride, "conv": conv, "norm": norm}
+            modules.append(InvertedResidual(width, features, **settings))
+            width = features
+    return modules
+
+
 def _rules(names: Mapping[str, str], within: str = "") -> tuple[tuple[str, str], ...]:
     """Rewritings of names before a dot, after what the expression `within` matches."""
     return tuple((rf"^({within}){re.escape(ours)}\.", rf"\g<1>{theirs}.") for ours, theirs in names.items())
@@ -172,14 +184,7 @@ class MobileNetV2(Staged):
             return Conv(in_features, features, size, stride=stride, padding=size // 2, groups=groups, **settings)
 
         norm = functools.partial(BatchNorm, group_size=norm_group_size)
-        blocks, width = [], STEM
-        for expansion, features, repeats, stride in STAGES:
-            for position in range(repeats):
-                settings = {"expansion": expansion, "stride": 1 if position else stride, "conv": conv, "norm": norm}
-                blocks.append(InvertedResidual(width, features, **settings))
-                width = features
-        stem = ConvNorm([conv(3, STEM, 3, stride=2), norm(STEM)])
-        self.features = nnx.List([stem, *blocks, ConvNorm([conv(width, HEAD, 1), norm(HEAD)])])
+        self.features = nnx.List([*body(conv, norm), ConvNorm([conv(STAGES[-1][1], HEAD, 1), norm(HEAD)])])
         kernel_init = uniform_fan_in(num_classes) if timm_init else jax.nn.initializers.normal(0.01)
         zeros = jax.nn.initializers.zeros
         # Entry 0 of torchvision's classifier is its dropout.

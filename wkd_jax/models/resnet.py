@@ -49,18 +49,29 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """ReLU(1 x 1, 3 x 3 with the stride, 1 x 1 to four times the width + shortcut(x)), a BatchNorm after each."""
+    """ReLU(1 x 1, 3 x 3 with the stride, 1 x 1 to four times the width + shortcut(x)), a BatchNorm after each.
+
+    `early_stride` gives the stride to the first 1 x 1 instead, as in the networks of the original paper.
+    """
 
     EXPANSION: ClassVar[int] = 4
 
     def __init__(
-        self, in_features: int, width: int, *, stride: int, dtype: Any, norm_group_size: int | None, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        width: int,
+        *,
+        stride: int,
+        dtype: Any,
+        norm_group_size: int | None,
+        rngs: nnx.Rngs,
+        early_stride: bool = False,
     ) -> None:
         conv, norm = _layers(dtype, norm_group_size, rngs)
         features = self.EXPANSION * width
-        self.conv1 = conv(in_features, width, 1)
+        self.conv1 = conv(in_features, width, 1, stride=stride if early_stride else 1)
         self.bn1 = norm(width)
-        self.conv2 = conv(width, width, 3, stride=stride, padding=1)
+        self.conv2 = conv(width, width, 3, stride=1 if early_stride else stride, padding=1)
         self.bn2 = norm(width)
         self.conv3 = conv(width, features, 1)
         self.bn3 = norm(features)

@@ -105,9 +105,9 @@ class Classification:
             image = mix.erase(image, batch.extra["erase_box"], batch.extra["erase_key"])
         return dataclasses.replace(batch, image=image)
 
-    def student_inputs(self, batch: Batch) -> dict[str, Any]:
+    def student_inputs(self, batch: Batch, *, train: bool) -> dict[str, Any]:
         """A classifier needs the image alone."""
-        del batch
+        del batch, train
         return {}
 
     def teacher_inputs(self, batch: Batch, student: Outputs) -> dict[str, Any]:

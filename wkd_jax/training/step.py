@@ -73,9 +73,8 @@ class Program:
         """
         learner = self.learner.merge(params, variables, frozen.constants)
         images, batch = batch, self.task.normalise(batch, self.student_input)
-        student = learner.student(
-            batch.image, train=True, rngs=nnx.Rngs(named_key(key, "student")), **self.task.student_inputs(batch)
-        )
+        inputs = self.task.student_inputs(batch, train=True)
+        student = learner.student(batch.image, train=True, rngs=nnx.Rngs(named_key(key, "student")), **inputs)
         teacher_batch, teacher = self.run_teacher(frozen, images, student)
         context = Context(
             batch=batch,
@@ -163,7 +162,8 @@ class Program:
     def eval_step(self, state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
         """What one padded batch contributes. Uses the moving average of the student where there is one."""
         learner = self.learner.merge({**state.params, **state.variables, **state.ema}, frozen.constants)
-        student = learner.student(self.task.normalise(batch, self.student_input).image, train=False)
+        image = self.task.normalise(batch, self.student_input).image
+        student = learner.student(image, train=False, **self.task.student_inputs(batch, train=False))
         return self.task.evaluate(batch, student, self.run_teacher(frozen, batch, student)[1])
 
 
