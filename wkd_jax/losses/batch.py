@@ -32,7 +32,14 @@ def counted(where: Array | None, shape: tuple[int, ...]) -> Array:
 
 
 def group_length(group_size: int | None, examples: int) -> int:
-    """How many examples a group has: `group_size`, or all of them where it is None.
+    """How many examples a group has.
+
+    Args:
+      group_size: As a caller gives it; None: all examples are one group.
+      examples: Of the batch.
+
+    Returns:
+      `group_size`, or `examples` where it is None.
 
     Raises:
       ValueError: If groups of that size do not divide the examples.

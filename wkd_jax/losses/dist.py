@@ -112,7 +112,13 @@ def cosine(a: Array, b: Array, axis: int) -> Array:
 
 
 def safe_sqrt(x: Array) -> Array:
-    """Square root of floats of any shape, with gradient 0 at 0 instead of infinity.
+    """Square root, with gradient 0 at 0 instead of infinity.
+
+    Args:
+      x: Floats of any shape, not negative.
+
+    Returns:
+      Of the same shape and dtype.
 
     Example:
       >>> float(jax.grad(safe_sqrt)(0.0)), float(safe_sqrt(4.0))
