@@ -102,6 +102,7 @@ class ModelInfo:
       classifier: Path of the classifier's kernel [D, C] inside the model, such as "fc/kernel".
       image_size: (height, width) where the network takes images of one size only (position embeddings); else None.
       mean_pooled: Whether `Outputs.positions` exists, so that the classifier can be applied at each position.
+      task: Registered name of the task that the network is made for.
     """
 
     name: str
@@ -111,6 +112,7 @@ class ModelInfo:
     classifier: str
     image_size: tuple[int, int] | None = None
     mean_pooled: bool = False
+    task: str = "classification"
 
     @property
     def last_tap(self) -> str:

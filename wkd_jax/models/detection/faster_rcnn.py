@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from wkd_jax import registry
+from wkd_jax.models.base import KeyStyle, factories
 from wkd_jax.models.detection import proposals
 from wkd_jax.models.detection.anchors import RATIOS, pyramid_anchors
 from wkd_jax.models.detection.boxes import clip_boxes, decode_boxes
@@ -105,6 +106,7 @@ class FasterRCNN(nnx.Module):
     """
 
     IMAGE_SIZE: ClassVar[tuple[int, int]] = (800, 1344)
+    KEY_STYLES: ClassVar[Mapping[str, KeyStyle]] = {}
 
     def __init__(
         self,
@@ -166,6 +168,7 @@ class FasterRCNN(nnx.Module):
             taps=taps,
             pooled=self.hidden,
             classifier="box_head/cls_score/kernel",
+            task="detection",
         )
 
     def __call__(
@@ -326,3 +329,6 @@ class FasterRCNN(nnx.Module):
 def _rows(x: Array, index: Array) -> Array:
     """x[b, index[b]] of every image b."""
     return jax.vmap(lambda x, index: x[index])(x, index)
+
+
+REGISTER = factories(FasterRCNN, TRUNKS)
