@@ -13,6 +13,7 @@ from flax import nnx
 
 from wkd_jax import config as config_lib
 from wkd_jax import registry
+from wkd_jax.data.base import OneSize
 from wkd_jax.models import cost, functional
 from wkd_jax.training import build, sharding
 from wkd_jax.training.build import Network, Plan, Run
@@ -27,7 +28,7 @@ PAIRS = {
 }
 
 
-class ImageNet:
+class ImageNet(OneSize):
     """Stands for the data set: what a run asks of it before the first batch."""
 
     name = "imagenet"
@@ -36,9 +37,14 @@ class ImageNet:
     fingerprint = "none"
 
     def __init__(self, image_size: int = 224, classes: int = 1000) -> None:
-        self.image_size = (image_size, image_size)
+        self.side = image_size
         self.class_names = tuple(map(str, range(classes)))
         self.labels = np.arange(EXAMPLES, dtype=np.int32) % classes
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width), pixels."""
+        return self.side, self.side
 
 
 def config(

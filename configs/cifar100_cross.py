@@ -220,7 +220,7 @@ def _run(
             momentum=0.9,
             nesterov=True,
             end_learning_rate=1e-3,
-            warmup_epochs=3.0,
+            warmup=3.0,
             warmup_learning_rate=1e-4,
         ),
         "transformer": dict(
@@ -230,7 +230,7 @@ def _run(
             eps=1e-8,
             clip_norm=5.0,
             end_learning_rate=1e-5,
-            warmup_epochs=20.0,
+            warmup=20.0,
             warmup_learning_rate=5e-7,
         ),
     }

@@ -92,7 +92,7 @@ def _base(epochs: int) -> ConfigDict:
             global_batch_size=64,
             data=dict(name="digits", image_size=16),
             task=dict(pad=2),
-            optimizer=dict(learning_rate=0.05, weight_decay=5e-4, schedule="cosine", warmup_epochs=1),
+            optimizer=dict(learning_rate=0.05, weight_decay=5e-4, schedule="cosine", warmup=1),
             log_every=10,
             eval_every=max(1, epochs // 10),
         )

@@ -60,8 +60,11 @@ REFUSED: dict[tuple[str, str], str] = {
 # traces the step, and their numbers are slow tests, since each is compiled several times.
 QUICK = ("none", "wkd_l+wkd_f")
 # Steps, and the share of its largest entry within which an update agrees on one and eight devices. One rounding in the
-# parameters moves FRSKD's first update by 2 %: its pyramid normalises maps of few positions.
-STEADINESS = {"frskd": (1, 3e-2)}
+# parameters moves FRSKD's first update by 2 %: its pyramid normalises maps of few positions (seen: 1.3 % between CNNs,
+# 4.1 % with Swin).
+STEADINESS = {"frskd": (1, 6e-2)}
+# Its step is less than a rounding of the parameter, which is 1.
+STILL = {("ctkd", "cnn_vit", "methods/ctkd/parameter")}
 
 
 def drawn_data(side: int) -> MemoryDataSet:
@@ -168,9 +171,9 @@ def test_eight_devices_equal_one(method, pair):
         # The updates, not the parameters: those hardly move in two steps.
         moved = [np.asarray(state.params[name]) - np.asarray(start) for state in (one, eight)]
         scale = np.abs(moved[0]).max()
-        assert scale > 0 or no_influence(name), name
-        # What moves a bias before a BatchNorm is rounding alone.
-        np.testing.assert_allclose(*moved, atol=share * scale + 2e-8, err_msg=name)
+        assert scale > 0 or no_influence(name) or (method, pair, name) in STILL, name
+        # What moves a bias before a BatchNorm is rounding alone, and a parameter near 1 is known to 6e-8.
+        np.testing.assert_allclose(*moved, atol=share * scale + 1e-7, err_msg=name)
     for name, value in one.variables.items():
         np.testing.assert_allclose(value, eight.variables[name], rtol=2e-3, atol=1e-4, err_msg=name)
 

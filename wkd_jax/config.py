@@ -23,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "name": "run",  # names the work directory and the report
     "seed": 0,  # of initialisation, data order and augmentation
     "epochs": 1,
+    "steps": 0,  # of the whole run, in the place of epochs; 0: as many as epochs take
     "global_batch_size": 64,  # examples a step, over all devices
     "accumulation": 1,  # microbatches that a step is cut into, one after the other; BatchNorm sees one at a time
     "remat": False,  # recompute each stage's activations in the backward pass instead of keeping them
@@ -57,10 +58,11 @@ DEFAULTS: dict[str, Any] = {
         "decay_rules": (),  # ((regex of parameter path, factor), ...): the first match scales weight_decay
         "clip_norm": 0.0,  # global gradient norm; 0: no clipping
         "schedule": "constant",  # constant, step or cosine
-        "milestones": (),  # step: the rate falls after each of these epochs
+        "unit": "epochs",  # of milestones and warmup: epochs or steps
+        "milestones": (),  # step: the rate falls after each of these
         "factor": 0.1,  # step: by this factor
         "end_learning_rate": 0.0,  # cosine: the rate it ends with
-        "warmup_epochs": 0.0,  # linear warm-up, in place of the schedule's first epochs
+        "warmup": 0.0,  # length of a linear warm-up, in place of the schedule's beginning
         "warmup_learning_rate": 0.0,  # the rate it starts from
         "per_epoch": False,  # cosine and warm-up: the rate changes from epoch to epoch, not from step to step
     },
@@ -101,6 +103,7 @@ OPERATIONAL = (
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (lambda x: re.fullmatch(r"[\w.+-]*\w", x) is not None, "letters, digits and . + - _ alone"),
     "epochs": (lambda x: x > 0, "above 0"),
+    "steps": (lambda x: x >= 0, "0 or more"),
     "global_batch_size": (lambda x: x > 0, "above 0"),
     "accumulation": (lambda x: x > 0, "above 0"),
     "seed": (lambda x: 0 <= x < 2**31, "from 0 to 2**31 - 1"),
@@ -122,7 +125,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.schedule": (lambda x: x in ("constant", "step", "cosine"), "constant, step or cosine"),
     "optimizer.factor": (lambda x: 0 < x <= 1, "above 0, at most 1"),
     "optimizer.end_learning_rate": (lambda x: x >= 0, "0 or more"),
-    "optimizer.warmup_epochs": (lambda x: x >= 0, "0 or more"),
+    "optimizer.unit": (lambda x: x in ("epochs", "steps"), "epochs or steps"),
+    "optimizer.warmup": (lambda x: x >= 0, "0 or more"),
     "optimizer.warmup_learning_rate": (lambda x: x >= 0, "0 or more"),
     "interrelation.kind": (lambda x: x in ("cka", "cosine", "classifier"), "cka, cosine or classifier"),
     "interrelation.kernel": (lambda x: x in ("linear", "polynomial", "rbf"), "linear, polynomial or rbf"),
@@ -310,9 +314,13 @@ def _check_ranges(config: Mapping[str, Any], path: str) -> None:
             f"{path}accumulation={config['accumulation']}: must divide {path}global_batch_size="
             f"{config['global_batch_size']}"
         )
+    if config["steps"] and config["epochs"] != DEFAULTS["epochs"]:
+        raise ValueError(
+            f"{path}steps={config['steps']}, {path}epochs={config['epochs']}: both are the run's length; leave one out"
+        )
     milestones = config["optimizer"]["milestones"]
-    if any(isinstance(epoch, bool) or not isinstance(epoch, int | float) for epoch in milestones):
-        raise ValueError(f"{path}optimizer.milestones={milestones!r}: needs numbers of epochs")
+    if any(isinstance(each, bool) or not isinstance(each, int | float) for each in milestones):
+        raise ValueError(f"{path}optimizer.milestones={milestones!r}: needs numbers of {config['optimizer']['unit']}")
 
 
 def _plain(value: Any) -> Any:

@@ -199,7 +199,9 @@ def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if jax.process_index() == 0:
         result = workdir.read_json(directory / workdir.RESULT)
         numbers = [
-            f"{key} {result[key]:.2f}" for key in ("teacher_top1", *result["best"]) if result.get(key) is not None
+            f"{key} {result[key]:.2f}"
+            for key in dict.fromkeys(["teacher_top1", "teacher_AP", *result["best"]])
+            if result.get(key) is not None
         ]
         sys.stdout.write(f"{', '.join(numbers)} after {result['steps']} steps\n")
         sys.stdout.write(f"report: {path}\n")

@@ -272,6 +272,21 @@ class Method(Protocol):
         """The method's loss terms in one step. May assign to its own variables (not to parameters)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What a training split has of each class, for class similarities.
+
+    Attributes:
+      label: [N] int32, the class of each sample.
+      example: [N] int64, the training example that it is in.
+      row: [N] int64, its row in what `Task.sample_outputs` gives for the example; None: an example is one sample.
+    """
+
+    label: np.ndarray
+    example: np.ndarray
+    row: np.ndarray | None = None
+
+
 class Task(Protocol):
     """What differs between classification and detection, and only that. Built from (its config, the data set).
 
@@ -284,8 +299,8 @@ class Task(Protocol):
     METRIC: str
 
     @property
-    def num_classes(self) -> int:
-        """C, the width of the logits."""
+    def class_names(self) -> tuple[str, ...]:
+        """One a column of the logits."""
 
     def augment(self, batch: Batch, key: Array) -> Batch:
         """Augments a loaded training batch on the device. What evaluation sees is not augmented."""
@@ -305,11 +320,23 @@ class Task(Protocol):
     def terms(self, context: Context) -> Terms:
         """The hard-label losses."""
 
+    def distilled(self, context: Context) -> Context:
+        """What the methods are shown of a step: all of it, or fewer rows (`Outputs.valid`)."""
+
+    def samples(self) -> Samples:
+        """Samples of each class in the training split. May take a pass over the data set."""
+
+    def sample_outputs(self, model: Model, batch: Batch) -> Outputs:
+        """What a network gives, in evaluation mode, for the samples of a normalised batch."""
+
     def evaluate(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> dict[str, Array]:
         """What one padded batch contributes to the metrics: sums, or padded detections. Padding contributes nothing."""
 
     def summarise(self, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-        """Metrics of a whole data set from what its batches contributed: numbers, and arrays by class."""
+        """Metrics of a whole data set from what its batches contributed: numbers, and whatever `files` needs."""
+
+    def files(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        """What a run's directory keeps of its last evaluation besides the numbers: file name -> content for JSON."""
 
 
 @jax.tree_util.register_dataclass

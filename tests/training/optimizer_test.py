@@ -34,14 +34,14 @@ def test_cosine_ends_at_its_end():
 
 
 def test_warmup_takes_the_place_of_the_beginning():
-    got, plain = rates(schedule="cosine", warmup_epochs=2, warmup_learning_rate=0.02), rates(schedule="cosine")
+    got, plain = rates(schedule="cosine", warmup=2, warmup_learning_rate=0.02), rates(schedule="cosine")
     np.testing.assert_allclose(got[:20], 0.02 + 0.08 * np.arange(20) / 20, rtol=1e-6)
     np.testing.assert_array_equal(got[20:], plain[20:])
 
 
 def test_per_epoch_the_rate_is_constant_within_one():
     """timm's: warm-up w0 + t (lr - w0) / W, cosine of t / E, at the epoch t = 0, 1, ..."""
-    got = rates(schedule="cosine", per_epoch=True, warmup_epochs=3, warmup_learning_rate=0.01, end_learning_rate=0.001)
+    got = rates(schedule="cosine", per_epoch=True, warmup=3, warmup_learning_rate=0.01, end_learning_rate=0.001)
     epoch = np.arange(10)
     cosine = 0.001 + 0.099 * 0.5 * (1 + np.cos(np.pi * epoch / 10))
     np.testing.assert_allclose(got, np.repeat(np.where(epoch < 3, 0.01 + 0.09 * epoch / 3, cosine), 10), rtol=1e-5)
@@ -54,7 +54,7 @@ def test_per_epoch_the_rate_is_constant_within_one():
         ({"schedule": "step", "milestones": (6, 3)}, "increasing"),
         ({"schedule": "step", "milestones": (3, 10)}, "between 0 and 10"),
         ({"schedule": "cosine", "milestones": (3,)}, "only schedule='step'"),
-        ({"warmup_epochs": 10}, "less than epochs=10"),
+        ({"warmup": 10}, "less than the run.s 10 epochs"),
     ],
 )
 def test_bad_schedules(changes, message):
@@ -122,3 +122,21 @@ def test_a_rule_that_matches_nothing_is_an_error():
     config = settings(decay_rules=(("bais$", 0.0),))
     with pytest.raises(ValueError, match=r"'bais\$' matches no parameter"):
         optimizer.build(config, optimizer.learning_rate(config, CLOCK), ["student/fc/bias"])
+
+
+def test_milestones_and_warm_up_in_steps():
+    """detectron2's schedule: the rate of step t is base * (start + (1 - start) t / warmup), then falls at its steps."""
+    clock = Clock.of_steps(num_examples=100, global_batch_size=8, steps=30)
+    assert (clock.total_steps, clock.epochs) == (30, 3)
+    changes = {"unit": "steps", "schedule": "step", "milestones": (20, 25), "warmup": 10, "warmup_learning_rate": 1e-4}
+    schedule = optimizer.learning_rate(settings(**changes), clock)
+    got = [schedule(jnp.asarray(step)) for step in range(30)]
+    expected = [1e-4 + (0.1 - 1e-4) * step / 10 for step in range(10)] + [0.1] * 10 + [0.01] * 5 + [0.001] * 5
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    for wrong, words in (
+        ({"milestones": (20, 30)}, "increasing steps between 0 and 30"),
+        ({"warmup": 30}, "less than the run's 30 steps"),
+        ({"per_epoch": True}, "unit='epochs'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            optimizer.learning_rate(settings(**{**changes, **wrong}), clock)

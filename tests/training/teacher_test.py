@@ -108,7 +108,7 @@ def test_images_that_cannot_be_read(oracle, cache, tmp_path, capsys):
     features = oracle(samples=13)
     features[2, [0, 3]] = oracle()[2, [13, 14]]
     compare(similarity, features)
-    assert "2 training images cannot be read" in capsys.readouterr().err
+    assert "2 training samples cannot be read" in capsys.readouterr().err
     assert (tmp_path / workdir.INTERRELATION).exists() and not cache.exists()  # others may be able to read them
     config = settings(interrelation={"samples_per_class": 14})
     with pytest.raises(ValueError, match=r"class 'cat' \(label 2\) has 15 .* fewer than 14 of them can be read"):
@@ -275,6 +275,6 @@ def test_two_processes(tmp_path):
         assert result["perturbed"] == first["perturbed"]
     read = [set(result["whole: read"]) for result in (first, second)]
     assert all(read) and not read[0] & read[1]  # each reads its part
-    for note in ("class features: step 48/48", "3 training images cannot be read", "found in the cache"):
+    for note in ("class features: step 48/48", "3 training samples cannot be read", "found in the cache"):
         assert note in said and note not in unsaid
     assert interrelation.load(tmp_path / "two" / "whole" / workdir.INTERRELATION).similarity.shape == (4, 4)

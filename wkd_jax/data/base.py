@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
 
+import jax
 import numpy as np
 
 from wkd_jax.types import Batch
@@ -19,14 +20,17 @@ _CHUNK = 1024  # images a pass over a split looks at together, so that no pass n
 
 
 class DataSet(Protocol):
-    """A classification data set with a training and a test split, wherever its pixels are.
+    """A data set with a training and a test split, wherever its pixels are.
 
     Attributes:
       name: For people: reports and messages.
       class_names: One a class; labels are positions in it.
       mean: Per channel, of `images / 255` over the training pixels (see `channel_statistics`).
       std: Likewise, the population standard deviation.
-      image_size: (height, width) of the batches' images, pixels.
+      canvases: (height, width) of every shape that a batch's images can have, pixels.
+      image_size: The one of the largest area.
+      example: A batch as `training` gives it, less its leading axis, of images of `image_size`: shapes and dtypes.
+      notes: Sentences for people on what of the files is left out or changed, with counts.
       num_examples: Of the training split.
       labels: [num_examples] int32, of the training split in its own order. May be slow to get: ask when needed.
       fingerprint: Names the content: the same on every machine, another for other pixels, labels or order.
@@ -40,7 +44,16 @@ class DataSet(Protocol):
     unreadable: Mapping[str, str]
 
     @property
+    def canvases(self) -> tuple[tuple[int, int], ...]: ...  # noqa: D102
+
+    @property
     def image_size(self) -> tuple[int, int]: ...  # noqa: D102
+
+    @property
+    def example(self) -> Batch: ...  # noqa: D102
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...  # noqa: D102
 
     @property
     def num_examples(self) -> int: ...  # noqa: D102
@@ -74,6 +87,32 @@ class DataSet(Protocol):
 
         `rows` [M] int64 are the positions to visit, in that order; None: all, in the split's own.
         """
+
+
+class OneSize:
+    """What data sets have in common whose images are of one size and have one label each."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of every image, pixels."""
+        raise NotImplementedError
+
+    @property
+    def canvases(self) -> tuple[tuple[int, int], ...]:
+        """The images' size alone."""
+        return (self.image_size,)
+
+    @property
+    def example(self) -> Batch:
+        """An image, a label."""
+        scalar = jax.ShapeDtypeStruct((), np.int32)
+        image = jax.ShapeDtypeStruct((*self.image_size, 3), np.uint8)
+        return Batch(image, scalar, scalar, jax.ShapeDtypeStruct((), np.bool_))  # type: ignore[arg-type]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """None: every image is used as it is."""
+        return ()
 
 
 class Input(Protocol):

@@ -13,8 +13,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from wkd_jax.data import batches as batches_lib
@@ -64,6 +65,23 @@ class DetectionDataSet(StreamedDataSet):
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the canvas of the largest area, pixels."""
         return max(self.canvases, key=math.prod)
+
+    @property
+    def example(self) -> Batch:
+        """An image on the largest canvas, with rows for boxes, see `detection_batches`."""
+
+        def array(dtype: Any, *shape: int) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        slots, scalar = self.options.max_boxes, array(np.int32)
+        extra = {
+            "boxes": array(np.float32, slots, 4),
+            "box_valid": array(np.bool_, slots),
+            "size": array(np.int32, 2),
+            "original_size": array(np.int32, 2),
+            "image_id": scalar,
+        }
+        return Batch(array(np.uint8, *self.image_size, 3), array(np.int32, slots), scalar, array(np.bool_), extra)
 
     @property
     def ground_truth(self) -> Instances:

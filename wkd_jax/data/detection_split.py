@@ -13,6 +13,7 @@ import numpy as np
 from wkd_jax.data import canvas as canvas_lib
 from wkd_jax.data.batches import Records
 from wkd_jax.data.coco_json import Instances
+from wkd_jax.types import Samples
 
 CANVASES = ((800, 1088), (800, 1344), (1088, 800), (1344, 800))
 TRAIN_SHORT = (640, 672, 704, 736, 768, 800)
@@ -109,6 +110,15 @@ class DetectionSplit:
 
     def __len__(self) -> int:
         return len(self.kept)
+
+    @functools.cached_property
+    def objects(self) -> Samples:
+        """The usable objects of its images, image by image; `row` is their row among the boxes of a batch."""
+        images = self.instances.images[self.usable]
+        first = np.searchsorted(images, images)
+        kept = np.isin(images, self.kept)
+        label, row = self.instances.labels[self.usable], np.arange(len(images)) - first
+        return Samples(label[kept].astype(np.int32), np.searchsorted(self.kept, images[kept]), row[kept])
 
     @functools.cached_property
     def fingerprint(self) -> str:

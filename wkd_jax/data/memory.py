@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from wkd_jax.data.base import OneSize
 from wkd_jax.data.order import Position, process_share, stream
 from wkd_jax.types import Batch
 
@@ -55,7 +56,7 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MemoryDataSet:
+class MemoryDataSet(OneSize):
     """A classification data set that is whole in host memory.
 
     Attributes:

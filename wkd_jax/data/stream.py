@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from wkd_jax.data import batches as batches_lib
+from wkd_jax.data.base import OneSize
 from wkd_jax.data.batches import Batches, Options, Records
 from wkd_jax.data.order import Position, process_share, training_subset
 from wkd_jax.types import Batch
@@ -54,7 +55,7 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class StreamedDataSet:
+class StreamedDataSet(OneSize):
     """A classification data set whose images are read when they are needed. A `wkd_jax.data.base.DataSet`.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Category interrelations: how alike a teacher finds the classes, from its features on the training set.
 
-    samples = count_samples(spec["samples_per_class"], labels, class_names)
-    features, unreadable = collect(apply, read, labels, class_names, samples)         # [C, N, D]
+    count = count_samples(spec["samples_per_class"], samples.label, class_names)
+    features, lost = collect(apply, read, samples, class_names, count)                # [C, N, D]
     similarity = from_features(spec, features)                                        # [C, C]
     save(path, Interrelation(similarity, class_names, provenance(...)))
     load(path, expected=provenance(...))                                              # in the same run, later

@@ -19,7 +19,7 @@ from wkd_jax import losses
 from wkd_jax.data import augment, mix
 from wkd_jax.data.base import DataSet
 from wkd_jax.evaluation import topk
-from wkd_jax.types import Array, Batch, Context, Normalisation, Outputs, Term, Terms
+from wkd_jax.types import Array, Batch, Context, Model, Normalisation, Outputs, Samples, Term, Terms
 
 # Folded into the step's key; beyond any example's position, which `augment.augment` folds in.
 _MIX, _ERASE = 2**31, 2**31 + 1
@@ -68,9 +68,9 @@ class Classification:
             raise ValueError(f"task.mix_group_size={size}: must be 0 (the whole batch) or an even number of images")
 
     @property
-    def num_classes(self) -> int:
-        """One a class name of the data set."""
-        return len(self.data.class_names)
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the data set."""
+        return self.data.class_names
 
     def augment(self, batch: Batch, key: Array) -> Batch:
         """Random crop of the padded image, random flip, then mixup or cutmix, uint8; draws what is to be erased.
@@ -84,7 +84,7 @@ class Classification:
             batch = mix.mix(
                 batch,
                 jax.random.fold_in(key, _MIX),
-                num_classes=self.num_classes,
+                num_classes=len(self.class_names),
                 mixup=config["mixup"],
                 cutmix=config["cutmix"],
                 probability=config["mix_probability"],
@@ -127,6 +127,19 @@ class Classification:
         )
         return {"cross_entropy": Term(value, self.config["label_weight"])}
 
+    def distilled(self, context: Context) -> Context:
+        """All of it."""
+        return context
+
+    def samples(self) -> Samples:
+        """Every training image is one."""
+        labels = self.data.labels
+        return Samples(labels, np.arange(len(labels)))
+
+    def sample_outputs(self, model: Model, batch: Batch) -> Outputs:
+        """One row an image."""
+        return model(batch.image, train=False)
+
     def evaluate(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> dict[str, Array]:
         """Sums of one batch, see `evaluation.topk.sums`."""
         return topk.sums(student.logits, teacher.logits if teacher else None, batch.label, batch.valid)
@@ -134,6 +147,11 @@ class Classification:
     def summarise(self, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
         """Metrics of the data set, see `evaluation.topk.summarise`."""
         return topk.summarise(batches)
+
+    def files(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        """`evaluation.json`: the arrays by class."""
+        arrays = {name: value.tolist() for name, value in evaluation.items() if np.ndim(value)}
+        return {"evaluation.json": {"class_names": self.class_names, **arrays}}
 
 
 REGISTER = {"classification": Classification}

@@ -16,9 +16,12 @@ import numpy as np
 
 from wkd_jax import losses
 from wkd_jax.data import augment
-from wkd_jax.data.base import DataSet
+from wkd_jax.data.detection import DetectionDataSet
 from wkd_jax.evaluation import coco
-from wkd_jax.types import Array, Batch, Context, Normalisation, Outputs, Term, Terms
+from wkd_jax.models.detection.boxes import pairwise_iou
+from wkd_jax.types import Array, Batch, Context, Model, Normalisation, Outputs, Samples, Term, Terms
+
+BACKGROUND_IOU = 0.3  # with every object: below it, a region is an example of the background
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,24 +29,30 @@ class Detection:
     """Boxes and their classes; the background is the class after the last."""
 
     config: Mapping[str, Any]
-    data: DataSet
+    data: DetectionDataSet
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "label_weight": 1.0,  # of the four losses with the ground truth
         "smooth_l1_beta": 0.0,  # of both box losses, in units of the deltas; 0: L1, detectron2's; torchvision's: 1 / 9
         "sampled_mean": False,  # proposal losses: mean over the sampled anchors, as in torchvision, not over all slots
+        "background": True,  # whether methods see the regions of the background too, as a class like the others
     }
     METRIC: ClassVar[str] = "student_AP"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for values out of range."""
-        if self.config["label_weight"] < 0:
-            raise ValueError(f"task.label_weight={self.config['label_weight']}: must be 0 or more")
+        """Raises ValueError for values out of range, and for a data set without boxes."""
+        for key in ("label_weight", "smooth_l1_beta"):
+            if self.config[key] < 0:
+                raise ValueError(f"task.{key}={self.config[key]}: must be 0 or more")
+        if not hasattr(self.data, "ground_truth"):
+            raise ValueError(
+                f"task.name='detection': {self.data.name} has labels and no boxes: set data.name to coco or coco_tfds"
+            )
 
     @property
-    def num_classes(self) -> int:
-        """One a class name of the data set, and the background."""
-        return len(self.data.class_names) + 1
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the data set, and the background."""
+        return (*self.data.class_names, "background")
 
     def augment(self, batch: Batch, key: Array) -> Batch:
         """Nothing: images are resized and flipped where they are decoded, with their boxes."""
@@ -90,12 +99,48 @@ class Detection:
             of = {"rpn_objectness": jnp.where(anchors.valid, binary, 0), "rpn_box": offset}
             terms = {name: Term(jnp.sum(value, axis=1) / slots, weight) for name, value in of.items()}
         targets = student.extra["targets"]
-        own = jnp.minimum(context.labels, self.num_classes - 2)[..., None, None]  # the background has no box
+        own = jnp.minimum(context.labels, len(self.data.class_names) - 1)[..., None, None]  # the background has no box
         deltas = jnp.take_along_axis(student.extra["deltas"], own, axis=2)[:, :, 0]
         offset = jnp.where(targets.positive, _smooth_l1(deltas - targets.deltas, self.config["smooth_l1_beta"]), 0)
         terms["roi_class"] = Term(losses.cross_entropy(student.logits, context.labels), weight, student.valid)
         terms["roi_box"] = Term(offset, weight, student.valid)
         return terms
+
+    def distilled(self, context: Context) -> Context:
+        """All sampled regions, or those of objects alone (`background`)."""
+        if self.config["background"]:
+            return context
+        objects = context.labels < len(self.data.class_names)
+        return dataclasses.replace(
+            context, student=dataclasses.replace(context.student, valid=context.student.valid & objects)
+        )
+
+    def samples(self) -> Samples:
+        """Every usable object of the training images; of the background, one region an image, the row after them."""
+        objects, images = self.data.train.objects, np.arange(len(self.data.train))
+        return Samples(
+            np.concatenate([objects.label, np.full(len(images), len(self.data.class_names), np.int32)]),
+            np.concatenate([objects.example, images]),
+            np.concatenate([objects.row, np.full(len(images), self.data.options.max_boxes)]),
+        )
+
+    def sample_outputs(self, model: Model, batch: Batch) -> Outputs:
+        """Rows [B, M + 1]: the ground truth's boxes, and the best proposal that overlaps none by an IoU of 0.3.
+
+        The proposals are the network's own. Where there is no such one, that row is not `valid`.
+        """
+        extra = batch.extra
+        proposed = model(batch.image, train=False, size=extra["size"])
+
+        def background(regions: Array, valid: Array, boxes: Array, box_valid: Array) -> tuple[Array, Array]:
+            overlap = jnp.max(jnp.where(box_valid[:, None], pairwise_iou(boxes, regions), 0), axis=0)
+            apart = valid & (overlap < BACKGROUND_IOU)
+            return regions[jnp.argmax(apart)], jnp.any(apart)  # they are sorted by their scores
+
+        box, found = jax.vmap(background)(proposed.extra["regions"], proposed.valid, extra["boxes"], extra["box_valid"])
+        regions = jnp.concatenate([extra["boxes"], box[:, None]], axis=1)
+        valid = jnp.concatenate([extra["box_valid"], found[:, None]], axis=1)
+        return model(batch.image, train=False, regions=regions, region_valid=valid)
 
     def evaluate(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> dict[str, Array]:
         """The detections of one batch in pixels of the original images, of the student and of the teacher."""
@@ -115,7 +160,7 @@ class Detection:
         `overflows` counts images of which detections may be missing, see `nms.final_detections`.
         """
         metrics: dict[str, Any] = {}
-        truth = self.data.ground_truth  # type: ignore[attr-defined]
+        truth = self.data.ground_truth
         for side in ("student", "teacher"):
             if f"{side}/boxes" not in batches[0]:
                 continue
@@ -123,9 +168,17 @@ class Detection:
             names |= {key: key for key in ("image_id", "image_valid")}
             found = coco.results([{key: part[name] for key, name in names.items()} for part in batches], truth)
             metrics |= {f"{side}_{name}": value for name, value in coco.evaluate(found, truth).items()}
+            metrics[f"{side}_detections"] = found
             overflows = [part[f"{side}/overflow"][part["image_valid"]].sum() for part in batches]
             metrics[f"{side}_overflows"] = int(sum(overflows))
         return metrics
+
+    def files(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        """`evaluation.json`: average precision by class; `SIDE_detections.json`: all detections, in COCO's form."""
+        by_class = {name: value.tolist() for name, value in evaluation.items() if name.endswith("_AP_by_class")}
+        files: dict[str, Any] = {"evaluation.json": {"class_names": self.data.class_names, **by_class}}
+        files |= {f"{name}.json": found for name, found in evaluation.items() if name.endswith("_detections")}
+        return files
 
 
 def _smooth_l1(difference: Array, beta: float) -> Array:

@@ -44,7 +44,6 @@ class Run:
       state: As initialised, on its shardings.
       frozen: On its shardings.
       mesh: The devices.
-      num_classes: C.
       parameters: Trained parameters of the student, of the methods, and of the teacher (0 without one).
       notes: What happened to weights on the way in, a sentence each.
     """
@@ -53,7 +52,6 @@ class Run:
     state: TrainState
     frozen: Frozen
     mesh: Mesh
-    num_classes: int
     parameters: dict[str, int]
     notes: tuple[str, ...] = ()
 
@@ -101,7 +99,7 @@ def pretrained(config: Mapping[str, Any], data: DataSet) -> tuple[Network, list[
       ValueError: If the weights are not of the network that the config or the file names; lists what does not fit.
       OSError: If the file is not there, or cannot be downloaded.
     """
-    section, classes = config["teacher"], task(config, data).num_classes
+    section, classes = config["teacher"], len(task(config, data).class_names)
     file = weights.open_file(section["weights"])
     described = section["model"] or (file.model and config_lib.model_section(file.model, file.source))
     if not described:
@@ -174,14 +172,14 @@ def plan(
     elif config["teacher"] and config["teacher"]["weights"] and not teacher:
         teacher, notes = pretrained(config, data)
     mesh = sharding.make_mesh(config["mesh"], devices)
-    sharding.check_batch(config["global_batch_size"], config["accumulation"], mesh)
-    asked = []
+    _check_batch(config, data, mesh)
+    asked, names = [], task(config, data).class_names
 
     def similarity() -> np.ndarray:
         if file := config["interrelation"]["file"]:
-            return interrelation.load_file(pathlib.Path(file), data.class_names)
+            return interrelation.load_file(pathlib.Path(file), names)
         asked.append(True)
-        return 0.5 + 0.5 * np.eye(len(data.class_names), dtype=np.float32)  # in place of the one to be computed
+        return 0.5 + 0.5 * np.eye(len(names), dtype=np.float32)  # in place of the one to be computed
 
     learner = nnx.eval_shape(lambda: _learner(config, data, teacher.info if teacher else None, similarity))
     notes += _initial(config, data, learner.student)[1]
@@ -201,11 +199,9 @@ def plan(
 def abstract_batch(size: int | tuple[int, ...], data: DataSet, sharding: Any = None) -> Batch:
     """The shape of a batch as loaded: `size` examples, or several such along leading axes."""
     lead = (size,) if isinstance(size, int) else size
-
-    def rows(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*lead, *rest), dtype, sharding=sharding)
-
-    return Batch(rows(jnp.uint8, *data.image_size, 3), rows(jnp.int32), rows(jnp.int32), rows(jnp.bool_))
+    return jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct((*lead, *one.shape), one.dtype, sharding=sharding), data.example
+    )
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -217,7 +213,7 @@ def check(config: Mapping[str, Any]) -> None:
 def _future(config: Mapping[str, Any], dtype: str) -> Network:
     """The student of a run that is still to be made, checked like any other; its arrays are shapes."""
     made = plan(config)
-    module = nnx.eval_shape(lambda: model(config["student"], made.program.task.num_classes, dtype, 0))
+    module = nnx.eval_shape(lambda: model(config["student"], len(made.program.task.class_names), dtype, 0))
     structure, params, variables, _ = functional.split(module)
     return Network(structure, {**params, **variables}, module.info, made.program.student_input)
 
@@ -247,14 +243,14 @@ def run(
       ValueError: For anything in the config that does not fit, before any compilation.
     """
     mesh = sharding.make_mesh(config["mesh"], devices)
-    sharding.check_batch(config["global_batch_size"], config["accumulation"], mesh)
+    _check_batch(config, data, mesh)
     learner = _learner(config, data, teacher.info if teacher else None, similarity)
     initial, notes = _initial(config, data, learner.student)
     functional.update(learner.student, initial)
     program, *arrays = _assemble(config, data, teacher, learner)
     placed = sharding.place(tuple(arrays), mesh, config["sharding"], _preferred(learner))
     state, frozen = jax.tree.map(sharding.put, tuple(arrays), placed)
-    return Run(program, state, frozen, mesh, program.task.num_classes, _count(state.params, teacher), tuple(notes))
+    return Run(program, state, frozen, mesh, _count(state.params, teacher), tuple(notes))
 
 
 def train_step(made: Run | Plan) -> Any:
@@ -265,6 +261,17 @@ def train_step(made: Run | Plan) -> Any:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, made.state)
     replicated = NamedSharding(made.mesh, PartitionSpec())
     return jax.jit(made.program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+def _check_batch(config: Mapping[str, Any], data: DataSet, mesh: Mesh) -> None:
+    """Refuses a batch that the devices, or the microbatches of a step, cannot share."""
+    sharding.check_batch(config["global_batch_size"], config["accumulation"], mesh)
+    if config["accumulation"] > 1 and len(data.canvases) > 1:
+        raise ValueError(
+            f"accumulation={config['accumulation']}: the microbatches of a step must have images of one shape, and "
+            f"those of {data.name} have one of {len(data.canvases)} canvases: give data.canvases one, or set "
+            "accumulation=1"
+        )
 
 
 def _assemble(
@@ -322,6 +329,8 @@ def _count(params: Params, teacher: Network | None) -> dict[str, int]:
 
 
 def _clock(config: Mapping[str, Any], data: DataSet) -> Clock:
+    if config["steps"]:
+        return Clock.of_steps(data.num_examples, config["global_batch_size"], config["steps"])
     return Clock(data.num_examples, config["global_batch_size"], config["epochs"])
 
 
@@ -340,7 +349,7 @@ def _learner(
     config: Mapping[str, Any], data: DataSet, teacher: ModelInfo | None, similarity: Callable[[], np.ndarray]
 ) -> Learner:
     """Student and methods, freshly initialised. What is drawn for one does not depend on the others."""
-    num_classes = task(config, data).num_classes
+    num_classes = len(task(config, data).class_names)
     student = model(config["student"], num_classes, config["dtype"], config["seed"])
     student.remat = config["remat"]
     if teacher and teacher.num_classes != num_classes:
@@ -349,6 +358,11 @@ def _learner(
             f"{num_classes}: choose a teacher trained on this data set"
         )
     for side, info in (("student", student.info), ("teacher", teacher)):
+        if info and info.task != config["task"]["name"]:
+            raise ValueError(
+                f"the {side} {info.name} is a network for {info.task}, and task.name={config['task']['name']!r}: set "
+                f"task.name={info.task!r} and data to match, or choose another {side}"
+            )
         if info and info.image_size not in (None, data.image_size):
             raise ValueError(
                 f"the {side} {info.name} takes images of {info.image_size} alone and the data set {data.name} gives "
@@ -359,7 +373,7 @@ def _learner(
         teacher=teacher,
         image_size=data.image_size,
         global_batch_size=config["global_batch_size"] // config["accumulation"],
-        epochs=config["epochs"],
+        epochs=_clock(config, data).epochs,
         labels=lambda: data.labels,
         similarity=functools.cache(similarity),
     )

@@ -18,22 +18,34 @@ class Clock:
     Attributes:
       num_examples: Examples of one epoch.
       global_batch_size: Examples a step.
-      epochs: Of the whole run.
+      epochs: Of the whole run, begun ones included.
+      length: Steps of the whole run; None: as many as `epochs` whole epochs take.
     """
 
     num_examples: int
     global_batch_size: int
     epochs: int
+    length: int | None = None
+
+    @classmethod
+    def of_steps(cls, num_examples: int, global_batch_size: int, steps: int) -> Clock:
+        """The time of a run whose length is given in steps.
+
+        Example:
+          >>> Clock.of_steps(num_examples=100, global_batch_size=64, steps=4).epochs
+          3
+        """
+        return cls(num_examples, global_batch_size, -(-steps * global_batch_size // num_examples), steps)
 
     @property
     def total_steps(self) -> int:
-        """Steps that use every example at least `epochs` times.
+        """Steps that use every example at least `epochs` times, or `length`.
 
         Example:
           >>> Clock(num_examples=100, global_batch_size=64, epochs=2).total_steps
           4
         """
-        return math.ceil(self.epochs * self.num_examples / self.global_batch_size)
+        return self.length or math.ceil(self.epochs * self.num_examples / self.global_batch_size)
 
     def steps(self, epochs: float) -> int:
         """The step at which that many epochs are over, rounded up.

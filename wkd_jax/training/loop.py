@@ -91,15 +91,16 @@ def run(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: p
             return found
 
         built = build.run(config, data, teacher.network if teacher else None, similarity)
-        notes = [f"teacher: {note}" for note in (teacher.notes if teacher else ())]
+        notes = [f"data: {note}" for note in data.notes]
+        notes += [f"teacher: {note}" for note in (teacher.notes if teacher else ())]
         notes += [f"student: {note}" for note in built.notes]
         with jax.transfer_guard("disallow"):
             outcome = _train(config, directory, data, built, identity, notes, notice)
         result = _result(config, data, built, teacher, outcome) | {"identity": identity}
-        arrays = {name: value.tolist() for name, value in outcome.evaluation.items() if np.ndim(value)}
 
         def write() -> None:
-            workdir.write_json(directory / workdir.EVALUATION, {"class_names": list(data.class_names), **arrays})
+            for name, content in built.program.task.files(outcome.evaluation).items():
+                workdir.write_json(directory / name, content)
             workdir.write_json(directory / workdir.RESULT, result)
 
         processes.first(write)
@@ -145,7 +146,7 @@ def _train(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    eval_steps = {clock.steps(epoch) for epoch in range(config["eval_every"], config["epochs"], config["eval_every"])}
+    eval_steps = {clock.steps(epoch) for epoch in range(config["eval_every"], clock.epochs, config["eval_every"])}
     eval_steps.add(clock.total_steps)
     metric = program.task.METRIC
     record: dict[str, Any] = {
@@ -332,7 +333,7 @@ def _unreadable(data: DataSet) -> dict[str, str]:
 
 
 def _scalars(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in evaluation.items() if np.ndim(value) == 0}
+    return {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
 
 
 def _result(
@@ -347,13 +348,14 @@ def _result(
         "methods": list(config["methods"]),
         "student": config["student"]["name"],
         "teacher": teacher.network.info.name if teacher else None,
-        "teacher_top1": None,  # of a run without a teacher; the evaluation of one with a teacher has it
+        # None in a run without a teacher; the evaluation of one with a teacher has it.
+        built.program.task.METRIC.replace("student", "teacher"): None,
         **_scalars(outcome.evaluation),
         "best": outcome.best,
         "image_size": data.image_size,
         "mean": data.mean,
         "std": data.std,
-        "num_classes": built.num_classes,
+        "num_classes": len(built.program.task.class_names),
         "steps": built.program.clock.total_steps,
         "seconds": round(outcome.seconds, 1),
         "student_parameters": built.parameters["student"],

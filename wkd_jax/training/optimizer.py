@@ -16,29 +16,34 @@ from wkd_jax.types import Array
 def learning_rate(config: Mapping[str, Any], clock: Clock) -> Callable[[Array], Array]:
     """The learning rate at a step.
 
-    "step" falls by `factor` after each of `milestones` (epochs) and is constant within an epoch, as in the PyTorch
-    recipes. "cosine" falls smoothly to `end_learning_rate` over the whole run. A warm-up rises linearly to the base
-    rate during the first `warmup_epochs` and takes the place of the schedule there; it does not shift the rest. With
-    `per_epoch` both change at the beginning of an epoch alone, as timm's schedulers do.
+    "step" falls by `factor` after each of `milestones`; where these are epochs it is constant within an epoch, as in
+    the PyTorch recipes. "cosine" falls smoothly to `end_learning_rate` over the whole run. A warm-up rises linearly to
+    the base rate during the first `warmup` epochs or steps and takes the place of the schedule there; it does not shift
+    the rest. With `per_epoch` cosine and warm-up change at the beginning of an epoch alone, as timm's schedulers do.
 
     Raises:
-      ValueError: If milestones are not increasing epochs inside the run, or the warm-up outlasts it.
+      ValueError: If milestones are not increasing and inside the run, or the warm-up outlasts it.
     """
-    base, milestones, warmup = config["learning_rate"], tuple(config["milestones"]), config["warmup_epochs"]
+    base, milestones, warmup = config["learning_rate"], tuple(config["milestones"]), config["warmup"]
+    unit, in_steps = config["unit"], config["unit"] == "steps"
+    length = clock.total_steps if in_steps else clock.epochs
     if config["schedule"] == "step" and not milestones:
-        raise ValueError("optimizer.milestones=() with schedule 'step': give the epochs after which the rate falls")
+        raise ValueError(f"optimizer.milestones=() with schedule 'step': give the {unit} after which the rate falls")
     if config["schedule"] != "step" and milestones:
         raise ValueError(f"optimizer.milestones={milestones}: only schedule='step' uses them; remove them")
-    if sorted(set(milestones)) != list(milestones) or any(not 0 < m < clock.epochs for m in milestones):
-        raise ValueError(f"optimizer.milestones={milestones}: need increasing epochs between 0 and {clock.epochs}")
-    if warmup >= clock.epochs:
-        raise ValueError(f"optimizer.warmup_epochs={warmup}: must be less than epochs={clock.epochs}")
+    if sorted(set(milestones)) != list(milestones) or any(not 0 < m < length for m in milestones):
+        raise ValueError(f"optimizer.milestones={milestones}: need increasing {unit} between 0 and {length}")
+    if warmup >= length:
+        raise ValueError(f"optimizer.warmup={warmup}: must be less than the run's {length} {unit}")
+    if in_steps and config["per_epoch"]:
+        raise ValueError("optimizer.per_epoch=True: has a meaning with optimizer.unit='epochs' alone")
+    warmup_steps = warmup if in_steps else max(clock.steps(warmup), 1)
 
     def schedule(step: Array) -> Array:
         epoch = clock.progress(step).epoch
         part = (epoch - 1) / clock.epochs if config["per_epoch"] else step / clock.total_steps
         if config["schedule"] == "step":
-            falls = jnp.sum(epoch > jnp.asarray(milestones))
+            falls = jnp.sum((step >= jnp.asarray(milestones)) if in_steps else (epoch > jnp.asarray(milestones)))
             rate = base * config["factor"] ** falls
         elif config["schedule"] == "cosine":
             end = config["end_learning_rate"]
@@ -47,7 +52,7 @@ def learning_rate(config: Mapping[str, Any], clock: Clock) -> Callable[[Array], 
             rate = jnp.asarray(base)
         if warmup:
             start = config["warmup_learning_rate"]
-            done = (epoch - 1) / warmup if config["per_epoch"] else step / max(clock.steps(warmup), 1)
+            done = (epoch - 1) / warmup if config["per_epoch"] else step / warmup_steps
             rate = jnp.where(done < 1, start + (base - start) * done, rate)
         return jnp.asarray(rate, jnp.float32)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from wkd_jax.data.base import Input, cores
+from wkd_jax.data.base import DataSet, Input, cores
 from wkd_jax.training import build, processes, workdir
 from wkd_jax.training import teacher as teacher_lib
 from wkd_jax.training.build import Plan
@@ -63,7 +63,7 @@ def report(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory
         "devices": f"{jax.device_count()} x {device.device_kind} in {jax.process_count()} process(es), mesh "
         + " x ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items()),
         "data": f"{data.name}: {data.num_examples:,} training images of {len(data.class_names)} classes, "
-        f"{data.image_size[0]} x {data.image_size[1]} pixels, content {data.fingerprint[:12]}",
+        f"{data.image_size[0]} x {data.image_size[1]} pixels{_others(data)}, content {data.fingerprint[:12]}",
         "student": f"{config['student']['name']}, {plan.parameters['student']:,} parameters",
         "methods": f"{' + '.join(config['methods']) or 'none'}, {plan.parameters['methods']:,} parameters"
         + (", class similarity to be computed first" if plan.needs_similarity else ""),
@@ -73,7 +73,8 @@ def report(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory
         "batch": f"{config['global_batch_size']} examples a step, "
         f"{config['global_batch_size'] // (plan.mesh.shape['data'] * config['accumulation'])} a device"
         + (f", {config['accumulation']} times a step" if config["accumulation"] > 1 else ""),
-        "steps": f"{clock.total_steps:,} in {config['epochs']} epochs, {clock.steps(1):,} an epoch",
+        "steps": f"{clock.total_steps:,} in {clock.epochs_done(clock.total_steps):.4g} epochs, {clock.steps(1):,} an "
+        "epoch",
         "memory": f"{_gib(needed)} a device: student and optimizer {_gib(state)}, teacher and constants "
         f"{_gib(frozen)}, batch and activations {_gib(needed - state - frozen)}"
         + (f"; it has {_gib(limit)}" if limit else ""),
@@ -83,7 +84,7 @@ def report(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory
         f"{'devices' if compute >= feed else 'input'} (devices {number(compute)} s at {UTILISATION:.0%} of this "
         f"device's {number(speed / 1e12)} TFLOP/s in matrix products; input {number(feed)} s)",
     }
-    notes = [f"note: {note}" for note in plan.notes]
+    notes = [f"note: {note}" for note in (*data.notes, *plan.notes)]
     if limit and needed > limit:
         notes.append(
             "note: this does not fit. More devices along mesh.data, remat=True, sharding rules, dtype='bfloat16', "
@@ -157,6 +158,12 @@ def _continues(directory: pathlib.Path) -> str:
         return ": it is finished, and the command will only show its report"
     steps = [int(path.name) for path in (directory / workdir.CHECKPOINTS).glob("*") if path.name.isdecimal()]
     return f": it goes on from step {max(steps)}" if steps else ""
+
+
+def _others(data: DataSet) -> str:
+    """What a person should know about memory and compilation where images come in several sizes."""
+    count = len(data.canvases) - 1
+    return f" (the largest of {count + 1} canvases: memory and compute are of it; each is compiled)" if count else ""
 
 
 def _gib(size: float) -> str:

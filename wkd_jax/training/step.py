@@ -88,6 +88,7 @@ class Program:
             key=named_key(key, "label"),
         )
         terms = {"label": self.task.terms(context)}
+        context = self.task.distilled(context)
         for name, method in learner.methods.items():
             terms[name] = method.terms(dataclasses.replace(context, key=named_key(key, f"methods/{name}")))
         total, metrics = weigh(terms, batch.valid)

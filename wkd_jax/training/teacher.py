@@ -24,7 +24,7 @@ from wkd_jax.training import build, checkpoint, processes, sharding, workdir
 from wkd_jax.training.build import Network
 from wkd_jax.training.progress import Progress
 from wkd_jax.training.step import Frozen, named_key
-from wkd_jax.types import Array, Batch, Normalisation, Params
+from wkd_jax.types import Array, Batch, Normalisation, Params, Samples, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +74,13 @@ class Teacher:
         """
         spec, info, report = interrelation.check(config["interrelation"]), self.network.info, report or _say
         data = self._training_data(config, data)
-        samples = 0  # a classifier's rows need none
+        task, of, samples = build.task(config, data), None, 0  # a classifier's rows need no samples
         if spec["kind"] != "classifier" and not spec["file"]:
             interrelation.check_name(spec["features"], info)
-            processes.first(lambda: len(data.labels))  # where a pass over the data set finds them, one is enough
-            labels = processes.everywhere(lambda: data.labels)
-            samples = interrelation.count_samples(spec["samples_per_class"], labels, data.class_names)
+            # Where a pass over the data set finds the labels, one process's is enough.
+            processes.first(lambda: len(task.samples().label))
+            of = processes.everywhere(task.samples)
+            samples = interrelation.count_samples(spec["samples_per_class"], of.label, task.class_names)
         record = interrelation.provenance(
             teacher=info.name,
             weights_hash=self.fingerprint,
@@ -93,18 +94,18 @@ class Teacher:
         path = directory / workdir.INTERRELATION
 
         def keep(similarity: np.ndarray, origin: Mapping[str, Any]) -> Interrelation:
-            found = Interrelation(similarity, tuple(data.class_names), origin)
+            found = Interrelation(similarity, task.class_names, origin)
             interrelation.save(path, found)
             return found
 
         def find() -> np.ndarray | None:
             if spec["file"]:
-                return keep(_named_file(spec["file"], data, record), {"file": spec["file"]}).similarity
+                return keep(_named_file(spec["file"], task.class_names, record), {"file": spec["file"]}).similarity
             if path.exists():
                 return interrelation.load(path, record).similarity
             if spec["kind"] == "classifier":
                 return keep(interrelation.from_classifier(self.network.arrays[info.classifier]), record).similarity
-            cached = interrelation.cached.find(record, data.class_names, report)
+            cached = interrelation.cached.find(record, task.class_names, report)
             return cached if cached is None else keep(cached, record).similarity
 
         def compute(features: np.ndarray) -> np.ndarray:
@@ -117,18 +118,18 @@ class Teacher:
                     "matrix on another machine and set interrelation.file"
                 ) from error
             found = keep(similarity, record)
-            if not unreadable:  # what is left for others is of the whole data set
+            if not lost:  # what is left for others is of the whole data set
                 interrelation.cached.keep(found, report)
             return similarity
 
         shape = (info.num_classes, info.num_classes)
         similarity = _from_first(find, shape)
         if similarity is None:
-            features, unreadable = self._features(config, data, samples, between_batches)
-            if unreadable:
+            features, lost = self._features(config, data, task, of, samples, between_batches)
+            if lost:
                 report(
-                    f"class similarity: {len(unreadable)} training images cannot be read, and the next of their "
-                    "classes take their places"
+                    f"class similarity: {len(lost)} training samples cannot be read or do not exist, and the next of "
+                    "their classes take their places"
                 )
             similarity = _from_first(lambda: compute(features), shape)
         return similarity
@@ -147,20 +148,22 @@ class Teacher:
         self,
         config: Mapping[str, Any],
         data: DataSet,
+        task: Task,
+        of: Samples,
         samples: int,
         between_batches: Callable[[], None],
     ) -> tuple[np.ndarray | None, list[int]]:
         """Class features of training images by all devices, see `interrelation.collect`; kept by process 0 alone."""
         mesh = sharding.make_mesh(config["mesh"])
         replicated = NamedSharding(mesh, PartitionSpec())
-        task = build.task(config, data)
         arrays = _placed(self.network.arrays, mesh, config["sharding"])
 
         def forward(arrays: Any, batch: Batch) -> tuple[Array, Array, Array]:
-            image = task.normalise(batch, self.network.normalisation).image
-            outputs = self.network.structure.merge(arrays)(image, train=False)
+            inputs = task.normalise(batch, self.network.normalisation)
+            outputs = task.sample_outputs(self.network.structure.merge(arrays), inputs)
             features = interrelation.select(outputs, config["interrelation"]["features"], self.network.info)
-            return features, batch.index, batch.valid
+            valid = batch.valid if outputs.valid is None else batch.valid[:, None] & outputs.valid
+            return features, batch.index, valid
 
         step = jax.jit(forward, out_shardings=replicated)
 
@@ -177,22 +180,22 @@ class Teacher:
                 between_batches()
                 yield sharding.global_batch(batch, mesh)
 
-        with Progress(len(data.class_names) * samples, description="class features") as progress:
+        with Progress(len(task.class_names) * samples, description="class features") as progress:
             return interrelation.collect(
                 lambda batch: step(arrays, batch),
                 read,
-                data.labels,
-                data.class_names,
+                of,
+                task.class_names,
                 samples,
                 keep=jax.process_index() == 0,
                 progress=lambda done, total: progress.update(done, {}),
             )
 
 
-def _named_file(name: str, data: DataSet, record: Mapping[str, Any]) -> np.ndarray:
+def _named_file(name: str, class_names: Sequence[str], record: Mapping[str, Any]) -> np.ndarray:
     """The matrix that `interrelation.file` names. One of ours says what made it, and that must be this teacher."""
     path = pathlib.Path(name)
-    similarity = interrelation.load_file(path, data.class_names)
+    similarity = interrelation.load_file(path, class_names)
     if path.suffix == ".npz":
         theirs = interrelation.load(path).provenance
         interrelation.load(path, {**record, **{key: theirs.get(key) for key in ("spec", "dtype")}})
