@@ -108,15 +108,17 @@ _SHARED = {
 }
 
 
-def wkd(recipe: str, methods: dict[str, dict[str, Any]], *, start: int = 0) -> dict[str, Any]:
+def wkd(recipe: str, methods: dict[str, dict[str, Any]], *, start: int | None = 0) -> dict[str, Any]:
     """The `methods` section for WKD-L, WKD-F or both, in the form of the released code or of the paper.
 
     Args:
       recipe: "code" or "paper".
       methods: Method -> the settings that are the row's own.
-      start: code: the last epoch with the full weight, before it falls along a cosine to 0. The paper has no decay.
+      start: code: the last epoch with the full weight, before it falls along a cosine to 0; None: it never falls. The
+        paper has no decay.
     """
-    schedules = {"code": dict(name="cosine", start=start), "paper": dict(name="constant")}
+    constant = dict(name="constant")
+    schedules = {"code": constant if start is None else dict(name="cosine", start=start), "paper": constant}
     schedule = choose("recipe", recipe, schedules)
     return {
         name: dict(_SHARED[name], **_FORMS[name][recipe], schedule=schedule, **settings)

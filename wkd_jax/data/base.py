@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ class DataSet(Protocol):
 
     Attributes:
       name: For people: reports and messages.
+      task: Registered name of the task that its labels are for.
       class_names: One a class; labels are positions in it.
       mean: Per channel, of `images / 255` over the training pixels (see `channel_statistics`).
       std: Likewise, the population standard deviation.
@@ -38,6 +39,7 @@ class DataSet(Protocol):
     """
 
     name: str
+    task: ClassVar[str]
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -91,6 +93,8 @@ class DataSet(Protocol):
 
 class OneSize:
     """What data sets have in common whose images are of one size and have one label each."""
+
+    task: ClassVar[str] = "classification"
 
     @property
     def image_size(self) -> tuple[int, int]:

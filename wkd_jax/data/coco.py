@@ -11,7 +11,7 @@ from wkd_jax.data.batches import IMAGENET_MEAN, IMAGENET_STD
 from wkd_jax.data.coco_json import Instances
 from wkd_jax.data.detection import DetectionDataSet
 from wkd_jax.data.detection_split import Options
-from wkd_jax.data.image_folder import _Files
+from wkd_jax.data.image_folder import Files
 
 
 def coco(
@@ -81,7 +81,7 @@ def coco(
     return DetectionDataSet(root.name, names, train_split, test_split, options)
 
 
-class _Images(_Files):
+class _Images(Files):
     """The images of one split, in the order of its annotations; their ids are the labels."""
 
     def __init__(self, folder: pathlib.Path, instances: Instances) -> None:

@@ -30,7 +30,7 @@ from wkd_jax.data.batches import IMAGENET_MEAN, IMAGENET_STD
 from wkd_jax.data.coco_json import Instances
 from wkd_jax.data.detection import DetectionDataSet
 from wkd_jax.data.detection_split import Options
-from wkd_jax.data.tfds_stream import _Records
+from wkd_jax.data.tfds_stream import TfdsRecords
 
 _COLUMNS = ("image_ids", "sizes", "images", "labels", "boxes", "crowd")
 _Annotated = tuple[int, tuple[int, int], dict[str, np.ndarray]]
@@ -96,9 +96,9 @@ def coco_tfds(
     features = _Features(builder.info)
     _check_classes(builder.info.full_name, features.class_names, truth)
 
-    def split(argument: str, expression: str) -> tuple[_Records, Instances]:
+    def split(argument: str, expression: str) -> tuple[TfdsRecords, Instances]:
         name = f"{builder.info.full_name} {expression}"
-        records = _Records(name, tfds.shards(builder, argument, expression), features)  # type: ignore[arg-type]
+        records = TfdsRecords(name, tfds.shards(builder, argument, expression), features)  # type: ignore[arg-type]
         return records, _index(records, features, truth.categories)
 
     records, instances = split("train_split", train_split)
@@ -149,7 +149,7 @@ class _Annotations:
         return int(example["image/id"]), (height, width), example["objects"]
 
 
-def _index(records: _Records, features: _Features, categories: tuple[tuple[int, str], ...]) -> Instances:
+def _index(records: TfdsRecords, features: _Features, categories: tuple[tuple[int, str], ...]) -> Instances:
     """All annotations of a split: out of the cache, or by a pass over its records."""
     # Files of ArrayRecord are padded, so other contents may well have the same size: an index is of one place.
     place = os.path.dirname(os.path.abspath(records.shards[0][0].filename))
@@ -170,7 +170,7 @@ def _index(records: _Records, features: _Features, categories: tuple[tuple[int, 
     return Instances(source=records.split, categories=categories, file_names=names, areas=areas, **columns)
 
 
-def _read_all(records: _Records, features: _Features) -> dict[str, np.ndarray]:
+def _read_all(records: TfdsRecords, features: _Features) -> dict[str, np.ndarray]:
     """The arrays of `Instances` from every record, in their order."""
     reader = dataclasses.replace(records, features=_Annotations(features))  # type: ignore[arg-type]
     console = Console(stderr=True)

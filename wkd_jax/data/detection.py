@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -43,6 +43,8 @@ class DetectionDataSet(StreamedDataSet):
     Raises:
       ValueError: If the splits have different categories.
     """
+
+    task: ClassVar[str] = "detection"
 
     train: DetectionSplit  # type: ignore[assignment]
     test: DetectionSplit  # type: ignore[assignment]
@@ -175,39 +177,11 @@ class DetectionInput(StreamedInput):
     """The training stream of a detection data set, an `Input`. All images of a batch are on one canvas.
 
     Which images batch i holds, and on which canvas, is said in `buckets.py`, not in `order.stream`. The saved position
-    is the number of the next batch, as always.
-
-    Args:
-      data: Where examples come from.
-      global_batch_size: B, over all processes.
-      seed: Of order and augmentation, >= 0.
-      process_index: Which equal, contiguous part of each global batch to give.
-      process_count: Into how many parts it is divided.
-
-    Raises:
-      ValueError: If `seed` is negative or `global_batch_size` is not a positive multiple of `process_count`.
+    is the number of the next batch, as always. Arguments are those of `StreamedInput`.
     """
 
-    def __init__(
-        self,
-        data: DetectionDataSet,
-        *,
-        global_batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ) -> None:
-        super().__init__(
-            data,
-            global_batch_size=global_batch_size,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-        )
+    def _made(self, data: DetectionDataSet, global_batch_size: int, share: slice, seed: int) -> Batches:
         buckets = data.train.buckets(max(data.options.train_short), data.options)
-        share = process_share(global_batch_size, process_index, process_count)
         places = buckets_lib.Shuffled(buckets, seed, global_batch_size, share)
         self._stream["images_by_canvas"] = places.sizes.tolist()
-        self._batches = Batches(  # type: ignore[assignment]
-            data.train, places, Training(data.options, seed), data.options, batches_lib.ENDLESS
-        )
+        return Batches(data.train, places, Training(data.options, seed), data.options, batches_lib.ENDLESS)

@@ -104,7 +104,7 @@ def image_folder(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Files:
+class Files:
     """The images of one split. A million names as one array of bytes: this goes to every worker."""
 
     folder: pathlib.Path
@@ -169,7 +169,7 @@ def _class_folders(root: pathlib.Path, argument: str, split: str) -> tuple[str, 
     return names
 
 
-def _list(folder: pathlib.Path, classes: tuple[str, ...]) -> _Files:
+def _list(folder: pathlib.Path, classes: tuple[str, ...]) -> Files:
     """All images of a split. Folders are listed side by side, which takes seconds instead of minutes from afar."""
 
     def one(name: str) -> list[bytes]:
@@ -184,7 +184,7 @@ def _list(folder: pathlib.Path, classes: tuple[str, ...]) -> _Files:
     with futures.ThreadPoolExecutor(_READERS) as pool:
         files = list(pool.map(one, classes))
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(names) for names in files])
-    return _Files(folder, classes, np.array([name for names in files for name in names], np.bytes_), labels)
+    return Files(folder, classes, np.array([name for names in files for name in names], np.bytes_), labels)
 
 
 REGISTER = {"image_folder": image_folder}

@@ -223,7 +223,12 @@ class StreamedInput(Position):
         super().__init__(size=len(data.train), seed=seed, global_batch_size=global_batch_size)
         share = process_share(global_batch_size, process_index, process_count)
         self._data = data
-        self._batches = Batches(
+        self._batches = self._made(data, global_batch_size, share, seed)
+        self._iterator: Iterator[Batch] | None = None
+
+    def _made(self, data: Any, global_batch_size: int, share: slice, seed: int) -> Any:
+        """The batches by number. What they depend on besides seed and sizes is added to `_stream`."""
+        return Batches(
             data.train.records,
             data.train.kept,
             batches_lib.Shuffled(len(data.train), seed, global_batch_size, share),
@@ -231,7 +236,6 @@ class StreamedInput(Position):
             data.options,
             batches_lib.ENDLESS,
         )
-        self._iterator: Iterator[Batch] | None = None
 
     def __next__(self) -> Batch:
         """This process's part of the next global batch.

@@ -84,7 +84,7 @@ def tfds_stream(
         raise ValueError(f"{name} has {len(classes)} classes, data.num_classes={num_classes}: correct the number")
 
     def split(argument: str, expression: str) -> Split:
-        records = _Records(f"{name} {expression}", tfds.shards(builder, argument, expression), features)
+        records = TfdsRecords(f"{name} {expression}", tfds.shards(builder, argument, expression), features)
         return Split(records, functools.partial(label_index.read, builder, expression, label_key))
 
     train, test = split("train_split", train_split), split("test_split", test_split)
@@ -92,7 +92,7 @@ def tfds_stream(
 
 
 @dataclasses.dataclass(eq=False)
-class _Records:
+class TfdsRecords:
     """One split of a prepared set. Its files are opened where they are read: in each worker."""
 
     split: str

@@ -40,14 +40,10 @@ class Detection:
     METRIC: ClassVar[str] = "student_AP"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for values out of range, and for a data set without boxes."""
+        """Raises ValueError for values out of range."""
         for key in ("label_weight", "smooth_l1_beta"):
             if self.config[key] < 0:
                 raise ValueError(f"task.{key}={self.config[key]}: must be 0 or more")
-        if not hasattr(self.data, "ground_truth"):
-            raise ValueError(
-                f"task.name='detection': {self.data.name} has labels and no boxes: set data.name to coco or coco_tfds"
-            )
 
     @property
     def class_names(self) -> tuple[str, ...]:

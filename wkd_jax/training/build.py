@@ -219,7 +219,16 @@ def _future(config: Mapping[str, Any], dtype: str) -> Network:
 
 
 def task(config: Mapping[str, Any], data: DataSet) -> Task:
-    """The task of a config."""
+    """The task of a config.
+
+    Raises:
+      ValueError: If the data set is for another one, or a setting is out of range.
+    """
+    if config["task"]["name"] != data.task:
+        raise ValueError(
+            f"task.name={config['task']['name']!r}: the data set {data.name} is for {data.task}; set task.name="
+            f"{data.task!r}, or choose another data.name"
+        )
     return registry.get("tasks", config["task"]["name"])(config["task"], data)
 
 

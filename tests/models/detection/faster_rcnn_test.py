@@ -63,7 +63,7 @@ def _made():
     size = jnp.array(SIZES)
     image = jax.random.normal(jax.random.key(0), (3, 64, 96, 3))
     batch = Batch(image, jnp.asarray(label), jnp.arange(3), jnp.ones(3, bool), {**extra, "size": size})
-    task = Detection(dict(Detection.DEFAULTS), types.SimpleNamespace(class_names=("a", "b", "c"), ground_truth=None))
+    task = Detection(dict(Detection.DEFAULTS), types.SimpleNamespace(class_names=("a", "b", "c")))
 
     def loss(params, variables, batch):
         student = structure.merge(params, variables)(

@@ -1,0 +1,124 @@
+"""Detection from the command line: a drawn COCO set, a detector as teacher, its student with WKD-L and WKD-F."""
+
+import json
+
+import drawn_coco
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from wkd_jax import main, registry, weights
+from wkd_jax.models import functional
+from wkd_jax.training import build, checkpoint, metrics, preemption, workdir
+from wkd_jax.types import Normalisation
+
+CLASSES = 4  # three shapes and the background
+NET = {
+    "features": 16, "hidden": 32, "anchor_sizes": (16, 32, 64, 128, 256), "pre_nms": (60, 60), "post_nms": (40, 40),
+    "anchor_samples": 32, "region_samples": 16, "detections": 10, "freeze_at": 0, "roi_tap": 7,
+}  # fmt: skip
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+NET = {net}
+
+def get_config(argument):
+    return ConfigDict(dict(
+        name="drawn", steps=6, global_batch_size=8,
+        data=dict(name="coco", data_dir="{home}/set", canvases=((64, 64), (64, 96)), train_short=(48, 64),
+                  test_short=64, max_side=96, max_boxes=4, workers=0),
+        task=dict(name="detection"),
+        student=dict(name="faster_rcnn_r18", **NET),
+        teacher=dict(weights="{home}/teacher"),
+        methods=dict(
+            wkd_l=dict(weight=1.0, temperature=1.0, schedule=dict(name="constant")),
+            wkd_f=dict(weight=5e-3, student_tap="roi", teacher_tap="roi", projector="conv1x1", grid=2,
+                       schedule=dict(name="constant")),
+        ),
+        interrelation=dict(features="pooled", samples_per_class=3),
+        optimizer=dict(learning_rate=0.002, nesterov=False, schedule="step", unit="steps", milestones=(4,), warmup=2.0),
+        log_every=1, eval_every=1, checkpoint_every=100,
+    ))
+"""
+
+
+@pytest.fixture(scope="module", name="home")
+def _home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("detection")
+    drawn_coco.write_set(home / "set", train=24, test=6, sizes=((64, 64), (64, 96)), sides=(16, 40))
+    (home / "config.py").write_text(CONFIG.format(home=home, net=NET))
+    network = registry.get("models", "faster_rcnn_r18")(CLASSES, **NET, rngs=nnx.Rngs(1))
+    _, params, variables, _ = functional.split(network)
+    arrays = {name: np.asarray(value) for name, value in {**params, **variables}.items()}
+    arrays["box_head/cls_score/kernel"] = 30 * arrays["box_head/cls_score/kernel"]  # that it has something to say
+    weights.write(home / "teacher", arrays, {"name": "faster_rcnn_r18", **NET}, Normalisation((0.3,) * 3, (0.2,) * 3))
+    return home
+
+
+def run(home, directory, *overrides):
+    return main.main(["--config", str(home / "config.py"), "--workdir", str(directory), *overrides])
+
+
+@pytest.fixture(scope="module", name="whole")
+def _whole(home):
+    """An undisturbed run, and how often each step was compiled."""
+    steps, make = [], build.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "train_step", lambda made: steps.append(make(made)) or steps[-1])
+        assert run(home, home / "whole") == 0
+    return home / "whole", [step._cache_size() for step in steps]
+
+
+def test_a_run_and_what_it_leaves(whole):
+    directory, compilations = whole
+    assert compilations == [2]  # one a canvas
+    result = json.loads((directory / workdir.RESULT).read_text())
+    assert result["steps"] == 6 and result["num_classes"] == CLASSES
+    assert 0 <= result["student_AP"] <= 100 and result["best"].keys() == {"student_AP", "step"}
+    lines = list(metrics.read(directory / "metrics.jsonl"))
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [round(line["learning_rate"], 6) for line in train] == [0.0, 0.001, 0.002, 0.002, 0.0002, 0.0002]
+    terms = ("rpn_objectness", "rpn_box", "roi_class", "roi_box")
+    assert all(line[f"label/{name}"] > 0 for line in train for name in terms)
+    assert all(line["wkd_l/wasserstein"] > 0 and line["wkd_f/mean"] > 0 for line in train)
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
+    evaluation = json.loads((directory / workdir.EVALUATION).read_text())
+    assert len(evaluation["student_AP_by_class"]) == len(evaluation["class_names"]) == CLASSES - 1
+    with np.load(directory / workdir.INTERRELATION) as file:
+        assert file["similarity"].shape == (CLASSES, CLASSES) and file["class_names"][-1] == "background"
+        assert np.all(file["similarity"] > 0) and np.allclose(np.diag(file["similarity"]), 1)
+    detections = json.loads((directory / "teacher_detections.json").read_text())
+    assert detections and {found["category_id"] for found in detections} <= {key for key, _ in drawn_coco.CATEGORIES}
+
+
+def test_stopped_and_continued_it_ends_with_the_same_bits(home, whole, tmp_path, monkeypatch, capsys):
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption.Notice, "received", lambda notice: bool(asked.append(None)) or len(asked) >= 8)
+        assert run(home, tmp_path / "run") == 75
+    assert "which is saved" in capsys.readouterr().err
+    assert run(home, tmp_path / "run") == 0
+    (left, _), (right, _) = (
+        checkpoint.read(path / workdir.CHECKPOINTS, which="latest") for path in (whole[0], tmp_path / "run")
+    )
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.accumulation=2"], "one of 2 canvases"),
+        (["--config.task.name=classification"], "is for detection"),
+        (["--config.student.name=resnet8"], "the student resnet8 is a network for classification"),
+        (["--config.data.max_boxes=1"], "set data.max_boxes="),
+        (["--config.optimizer.milestones=(6,)"], "increasing steps between 0 and 6"),
+        (["--config.epochs=2"], "both are the run's length"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_compiles(home, tmp_path, capsys, overrides, message):
+    assert run(home, tmp_path / "run", *overrides) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
