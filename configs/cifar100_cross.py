@@ -171,7 +171,7 @@ def get_config(argument: str = "") -> ConfigDict:
         "dkd": dict(alpha=1.0, beta=2.0, temperature=1.0, schedule=constant),
         "dist": dict(weight=1.0, beta=1.0, gamma=1.0, temperature=1.0, group_size=GROUP, schedule=constant),
         "ofa": dict(weight=1.0, exit_weight=0.1, power=(1.0,), temperature=1.0, schedule=constant),
-        "fitnet": dict(weight=1.0, student_tap="stage3", teacher_tap="stage3", schedule=constant),
+        "fitnet": dict(weight=1.0, student_taps=("stage3",), teacher_taps=("stage3",), schedule=constant),
         "cc": dict(weight=0.02, form="neighbours", embedding=128, schedule=constant),
         "rkd": dict(distance_weight=25.0, angle_weight=50.0, group_size=GROUP, schedule=constant),
         "crd": dict(weight=0.8, num_negatives=16384, temperature=0.07, momentum=0.5, schedule=constant),

@@ -96,7 +96,7 @@ RIVALS = {
     "nkd": dict(nkd=dict(gamma=3.5, temperature=3.0, schedule=_CONSTANT)),
     "ctkd": dict(ctkd=dict(form="global", loss="kd", weight=0.9, curriculum_epochs=10, schedule=_CONSTANT)),
     "dist": dict(dist=dict(weight=2.0, beta=1.0, gamma=1.0, temperature=4.0, group_size=0, schedule=_CONSTANT)),
-    "fitnet": dict(fitnet=dict(weight=100.0, student_tap="stage2", teacher_tap="stage2", schedule=_CONSTANT)),
+    "fitnet": dict(fitnet=dict(weight=100.0, student_taps=("stage2",), teacher_taps=("stage2",), schedule=_CONSTANT)),
     "cc": dict(cc=dict(weight=0.02, form="neighbours", embedding=128, schedule=_CONSTANT)),
     "rkd": dict(rkd=dict(distance_weight=25.0, angle_weight=50.0, group_size=0, schedule=_CONSTANT)),
     "crd": _CRD,

@@ -84,7 +84,6 @@ def rows(pair: str) -> dict[str, dict]:
     reviewkd = dict(
         reviewkd=dict(
             weight=review,
-            mid_channels=256,
             student_taps=LEVELS,
             teacher_taps=LEVELS,
             pooled_level=False,
@@ -106,7 +105,9 @@ def rows(pair: str) -> dict[str, dict]:
         "none": {},
         "kd": dict(kd=dict(weight=1.0, temperature=1.0, schedule=constant)),
         "dkd": dkd,
-        "fitnet": dict(fitnet=dict(weight=1.0, student_tap=LEVELS, teacher_tap=LEVELS, schedule=constant)),
+        "fitnet": dict(
+            fitnet=dict(weight=1.0, student_taps=LEVELS, teacher_taps=LEVELS, projector="linear", schedule=constant)
+        ),
         "fgfi": dict(fgfi=dict(schedule=constant)),
         "icd": dict(icd=dict(schedule=constant)),
         "reviewkd": reviewkd,

@@ -71,7 +71,7 @@ def _distribution(form: str, weight: float, **settings: Any) -> dict[str, Any]:
 
 FEATURES = {
     "fitnet": dict(
-        fitnet=dict(weight=100.0, student_tap="stage2", teacher_tap="stage2", schedule=dict(name="constant"))
+        fitnet=dict(weight=100.0, student_taps=("stage2",), teacher_taps=("stage2",), schedule=dict(name="constant"))
     ),
     "gaussian_w2": common.wkd(
         "code", dict(wkd_f=dict(weight=0.02, mean_cov_ratio=2.0, projector="bottleneck", grid=1))

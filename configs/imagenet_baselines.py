@@ -116,7 +116,7 @@ ROWS = {
     ),
     "fitnet": dict(
         recipe="crd",
-        methods=dict(fitnet=dict(weight=100.0, student_tap="stage2", teacher_tap="stage2", schedule=_CONSTANT)),
+        methods=dict(fitnet=dict(weight=100.0, student_taps=("stage2",), teacher_taps=("stage2",), schedule=_CONSTANT)),
     ),
     "crd": dict(recipe="crd", methods=dict(crd=_CRD)),
     "crd+kd": dict(recipe="crd", methods=dict(crd=_CRD, kd=dict(weight=1.0, temperature=4.0, schedule=_CONSTANT))),
@@ -155,7 +155,7 @@ ROWS["dkd+reviewkd"] = dict(recipe="crd", methods=ROWS["dkd"]["methods"] | ROWS[
 OWN = {
     ("r50_mv1", "dkd"): dict(beta=2.0),
     ("r50_mv1", "wttm"): dict(weight=3.5, power=0.7),
-    ("r50_mv1", "fitnet"): dict(student_tap="stage3"),
+    ("r50_mv1", "fitnet"): dict(student_taps=("stage3",)),
     ("r50_mv1", "reviewkd"): dict(weight=8.0, mid_channels=256),
     ("r50_mv1", "cat_kd"): dict(weight=10.0, size=2, normalise=True),
     ("r50_mv1", "fcfd"): dict(feature_weight=5.0),

@@ -21,8 +21,6 @@ DATA = {
     "canvases": ((64, 64),), "train_short": (48, 64), "test_short": 64, "max_side": 64, "max_boxes": 4, "workers": 0,
 }  # fmt: skip
 ROWS = list(coco_wkd.rows("r101_r18"))
-# What is made for 256 channels.
-SMALL = {"reviewkd": {"mid_channels": 16}}
 QUICK = ("wkd_lf_box",)  # the others' numbers are slow tests: each is compiled twice
 
 
@@ -48,9 +46,6 @@ def reduced(root, row, pair="r101_r18", quirk="fixed"):
     config.steps, config.optimizer.milestones, config.optimizer.warmup = 4, (2, 3), 1.0
     if row != "none":
         config.teacher.model.update({**NET, "name": "faster_rcnn_r18"})
-    for name, settings in SMALL.items():
-        if name in config.methods:
-            config.methods[name].update(settings)
     return config_lib.resolve(config)
 
 

@@ -293,7 +293,7 @@ def test_ablation_of_wkd_f_changes_the_distance_alone(features):
     assert [x for x in config_lib.differences(main_row, config) if not x.startswith(changed)] == []
     assert config.name == f"imagenet_ablation_{features}" and settings.weight == FEATURES[features]
     if name == "fitnet":
-        check(settings, {"student_tap": "stage2", "teacher_tap": "stage2", "schedule.name": "constant"})
+        check(settings, {"student_taps": ("stage2",), "teacher_taps": ("stage2",), "schedule.name": "constant"})
         return
     shared = ("student_tap", "teacher_tap", "projector", "schedule")
     assert {key: settings[key] for key in shared} == {key: main_row.methods.wkd_f[key] for key in shared}
@@ -393,7 +393,12 @@ PUBLISHED = {
     ("r50_mv1", "wttm"): {"wttm.power": 0.7, "wttm.weight": 3.5},
     ("r34_r18", "dist"): {"dist.weight": 2.0, "dist.temperature": 1.0, "dist.group_size": 32},
     ("r34_r18", "ctkd"): {"ctkd.loss": "dkd", "ctkd.alpha": 1.0, "ctkd.beta": 1.0, "ctkd.curriculum_epochs": 5},
-    ("r50_mv1", "fitnet"): {"fitnet.weight": 100.0, "fitnet.student_tap": "stage3", "fitnet.teacher_tap": "stage2"},
+    ("r50_mv1", "fitnet"): {
+        "fitnet.weight": 100.0,
+        "fitnet.student_taps": ("stage3",),
+        "fitnet.teacher_taps": ("stage2",),
+        "fitnet.projector": "conv1x1",
+    },
     ("r34_r18", "crd+kd"): {"crd.weight": 0.8, "crd.num_negatives": 16384, "kd.temperature": 4.0, "kd.weight": 1.0},
     ("r34_r18", "reviewkd"): {"reviewkd.weight": 1.0, "reviewkd.mid_channels": 512},
     ("r50_mv1", "reviewkd"): {"reviewkd.weight": 8.0, "reviewkd.mid_channels": 256},

@@ -16,7 +16,9 @@ from wkd_jax.training import build, sharding
 from wkd_jax.types import Batch, Normalisation
 
 CLASSES, BATCH = 5, 16
-METHODS = [*registry.entries("methods"), "wkd_l+wkd_f"]
+# Made for detectors, and refused here: tests/methods/detection_rows_test.py has their contract.
+DETECTORS = ("fcfd_detection",)
+METHODS = [*(name for name in registry.entries("methods") if name not in DETECTORS), "wkd_l+wkd_f"]
 # What a method's defaults, made for ImageNet, cannot be on five classes and maps of 4 x 4.
 SMALL = {
     "wkd_f": {"projector": "conv1x1", "grid": 1},
@@ -46,7 +48,7 @@ FITTED |= {
     ("reviewkd", pair): {f"{side}_taps": ("stage2", "stage3", "stage4"), "preactivation": "none"}
     for pair, side in (("vit_cnn", "teacher"), ("cnn_vit", "student"), ("swin_cnn", "teacher"), ("cnn_swin", "student"))
 }
-FITTED["fitnet", "cnn_swin"] = {"student_tap": "stage1", "teacher_tap": "stage3"}
+FITTED["fitnet", "cnn_swin"] = {"student_taps": ("stage1",), "teacher_taps": ("stage3",)}
 REFUSED: dict[tuple[str, str], str] = {
     ("fitnet", "cnn_vit"): "methods.fitnet",  # 2 x 2 tokens of 32 pixels; at 224 pixels stage3 fits stage3
     ("cat_kd", "vit_cnn"): "classifier",
@@ -274,6 +276,12 @@ def test_serves_or_refuses_each_kind_of_pair(method, pair):
             traced(method, pair)
         return
     assert {leaf.dtype for leaf in traced(method, pair).values()} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("method", DETECTORS)
+def test_methods_for_detectors_refuse_classifiers(method):
+    with pytest.raises(ValueError, match=f"methods.{method}: made for detectors, and resnet8 is a network for class"):
+        traced(method, "cnn_cnn")
 
 
 @pytest.mark.parametrize("method", METHODS)

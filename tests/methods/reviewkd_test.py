@@ -65,17 +65,11 @@ def run():
     return wiring, terms, gradients
 
 
-def test_terms():
+def reference(wiring, *sides):
+    """The loss of each example by PyTorch's operations, from the maps of both sides [B, H, W, D]."""
     torch = pytest.importorskip("torch")
     functional = torch.nn.functional
-    wiring, terms, gradients = run()
     state = {"/".join(map(str, k)): np.asarray(v[...]) for k, v in nnx.to_flat_state(nnx.state(wiring, nnx.Param))}
-    (term,) = terms.values()
-    assert float(term.weight) == 1.5
-    for gradient in jax.tree.leaves(gradients):  # reach all levels and parameters
-        assert np.isfinite(gradient).all() and np.any(gradient)
-    for fusion in wiring.fusions:
-        assert np.any(np.asarray(fusion.bn2.mean[...]))
 
     def conv(x, path, padding=0):
         bias = state.get(f"{path}/bias")
@@ -85,10 +79,9 @@ def test_terms():
     def norm(x):
         return functional.batch_norm(x, None, None, training=True)
 
-    maps = [[x.reshape(B, 1, 1, -1) if x.ndim == 2 else x for x in side] for side in (STUDENT, TEACHER)]
     expected, above = 0.0, None
-    for level in (2, 1, 0):
-        student, teacher = (torch.tensor(side[level]).permute(0, 3, 1, 2) for side in maps)
+    for level in reversed(range(len(sides[0]))):
+        student, teacher = (torch.tensor(side[level]).permute(0, 3, 1, 2) for side in sides)
         x = norm(conv(student, f"fusions/{level}/conv1"))
         if above is not None:
             above = functional.interpolate(above, x.shape[2:], mode="nearest")
@@ -96,8 +89,53 @@ def test_terms():
             x = x * gates[:, :1] + above * gates[:, 1:]
         x = above = functional.interpolate(x, teacher.shape[2:], mode="nearest")
         mapped = norm(conv(x, f"fusions/{level}/conv2", padding=1)).permute(0, 2, 3, 1)
-        expected = expected + jax.jit(losses.hcl)(mapped.numpy(), maps[1][level])
-    np.testing.assert_allclose(term.value, expected, rtol=1e-4)
+        expected = expected + jax.jit(losses.hcl)(mapped.numpy(), sides[1][level])
+    return expected
+
+
+def test_terms():
+    wiring, terms, gradients = run()
+    (term,) = terms.values()
+    assert float(term.weight) == 1.5
+    for gradient in jax.tree.leaves(gradients):  # reach all levels and parameters
+        assert np.isfinite(gradient).all() and np.any(gradient)
+    for fusion in wiring.fusions:
+        assert np.any(np.asarray(fusion.bn2.mean[...]))
+    maps = [[x.reshape(B, 1, 1, -1) if x.ndim == 2 else x for x in side] for side in (STUDENT, TEACHER)]
+    np.testing.assert_allclose(term.value, reference(wiring, *maps), rtol=1e-4)
+
+
+PYRAMID = {f"p{i}": Tap(6, 2**i, signed=True) for i in range(2, 7)} | {"roi": Tap(6, 1, signed=True, size=(7, 7))}
+
+
+def test_levels_of_a_pyramid():
+    """Without a pooled level; the sides of the upper levels are no multiples of each other, as 13 x 21 and 25 x 42."""
+    sizes = [(20, 8), (10, 4), (5, 2), (3, 1), (2, 1)]
+    sides = [[rng.normal(size=(B, *size, 6)).astype(np.float32) for size in sizes] for _ in "st"]
+    detector = ModelInfo("detector", 4, PYRAMID, 9, "fc/kernel", task="detection")
+    pooled = np.full((B, 5, 9), np.nan, np.float32)
+    given = context()
+    given.student, given.teacher = (Outputs(None, dict(zip(PYRAMID, side, strict=False)), pooled) for side in sides)
+
+    @nnx.jit
+    def run():
+        wiring = method(detector, detector, (80, 32), pooled_level=False)
+        return wiring, wiring.terms(given)["hcl"].value
+
+    wiring, value = run()
+    assert [fusion.attention is None for fusion in wiring.fusions] == [False] * 4 + [True]
+    np.testing.assert_allclose(value, reference(wiring, *sides), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"pooled_level=True: the pooled feature \(3, 5, 9\) is one of each region"):
+        nnx.eval_shape(lambda: method(detector, detector, (80, 32)).terms(given)["hcl"].value)
+
+
+def test_detectors_have_five_fusions_of_256_channels():
+    make = registry.get("models", "faster_rcnn_r18")
+    info = nnx.eval_shape(lambda: make(81, roi_tap=18, rngs=nnx.Rngs(0))).info
+    wiring = nnx.eval_shape(lambda: method(info, info, (800, 1344), pooled_level=False))
+    assert list(wiring.student) == list(wiring.teacher) == ["p2", "p3", "p4", "p5", "p6"]
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(wiring, nnx.Param)))
+    assert count == 5 * (256 * 256 + 9 * 256 * 256 + 4 * 256) + 4 * (512 * 2 + 2)
 
 
 @pytest.mark.parametrize("sizes", [((4, 6), (8, 12)), ((8, 8), (4, 4)), ((7, 5), (4, 9)), ((3, 3), (3, 3))])

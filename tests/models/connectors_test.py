@@ -21,6 +21,7 @@ def build(name, student, teacher, student_size=(8, 8), teacher_size=(8, 8)):
         (("bottleneck", 1024, 2048), 1_382_912),  # ResNet-50 -> MobileNetV1
         (("conv1x1", 256, 256), 66_304),  # resnet32x4 -> resnet8x4
         (("conv1x1", 960, 128, (4, 4), (8, 8)), 1_966_464),  # WRN-40-2 -> ShuffleNetV1
+        (("conv3x3", 256, 256), 9 * 256 * 256 + 2 * 256),  # regions of two pyramids
         (("linear", 192, 384), 192 * 384 + 384),
         (("none", 64, 64), 0),
     ],
@@ -50,12 +51,12 @@ def test_conv1x1_reaches_the_teachers_size(student_size, teacher_size, kernel):
     assert (y.shape, y.dtype) == ((2, *teacher_size, 5), jnp.bfloat16)  # that of the feature
 
 
-def norm_and_relu(projector, x):
+def norm(projector, x):
     bn = projector.bn
     mean, var, scale, bias = (
         np.asarray(variable[...], np.float64) for variable in (bn.mean, bn.var, bn.scale, bn.bias)
     )
-    return np.maximum((x - mean) / np.sqrt(var + 1e-5) * scale + bias, 0)
+    return (x - mean) / np.sqrt(var + 1e-5) * scale + bias
 
 
 def test_bottleneck_matches_float64(filled, numpy_conv):
@@ -65,7 +66,16 @@ def test_bottleneck_matches_float64(filled, numpy_conv):
     for conv, padding in zip(projector.convs, (0, 1, 0), strict=True):
         want = numpy_conv(want, conv.kernel[...], padding=padding, bias=conv.bias[...])
     got = projector(jnp.asarray(x, jnp.float32), train=False)
-    np.testing.assert_allclose(got, norm_and_relu(projector, want), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, np.maximum(norm(projector, want), 0), rtol=1e-4, atol=1e-5)
+
+
+def test_conv3x3_has_either_sign(filled, numpy_conv):
+    projector = filled(build("conv3x3", 6, 4))
+    x = np.random.default_rng(0).normal(size=(2, 5, 4, 6))
+    (conv,) = projector.convs
+    want = norm(projector, numpy_conv(x, conv.kernel[...], padding=1))
+    assert conv.bias is None and want.min() < 0
+    np.testing.assert_allclose(projector(jnp.asarray(x, jnp.float32), train=False), want, rtol=1e-4, atol=1e-5)
 
 
 def test_conv1x1_upwards_matches_float64(filled, numpy_conv_transpose):
@@ -75,7 +85,7 @@ def test_conv1x1_upwards_matches_float64(filled, numpy_conv_transpose):
     weight = np.asarray(conv.kernel[...])[::-1, ::-1]
     want = numpy_conv_transpose(x, weight, stride=2, padding=1, bias=conv.bias[...])
     got = projector(jnp.asarray(x, jnp.float32), train=False)
-    np.testing.assert_allclose(got, norm_and_relu(projector, want), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, np.maximum(norm(projector, want), 0), rtol=1e-4, atol=1e-5)
 
 
 def test_training_normalises_the_batch_and_carries_statistics(filled):
@@ -108,7 +118,7 @@ def test_linear_serves_tokens_and_maps(filled):
         assert float(jnp.min(got)) < 0  # no ReLU
 
 
-@pytest.mark.parametrize("name", ["conv1x1", "bottleneck", "linear"])
+@pytest.mark.parametrize("name", ["conv1x1", "bottleneck", "conv3x3", "linear"])
 def test_a_bfloat16_feature_is_projected_in_bfloat16(filled, name):
     projector = filled(build(name, 6, 4))
     x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 8, 8, 6)), jnp.bfloat16)
@@ -133,6 +143,8 @@ def test_none_is_the_identity():
         (("conv1x1", 4, 4, (4, 4), (7, 7)), "student's tap is 4 x 4 and the teacher's 7 x 7.*'linear'"),
         (("conv1x1", 4, 4, (8, 4), (4, 8)), "student's tap is 8 x 4 and the teacher's 4 x 8"),
         (("bottleneck", 4, 4, (4, 4), (8, 8)), "student's tap is 4 x 4, the teacher's 8 x 8.*'conv1x1', which resizes"),
+        (("conv3x3", 4, 4, (4, 4), (8, 8)), "projector 'conv3x3' keeps the size, .* 4 x 4.*'conv1x1', which resizes"),
+        (("conv3x3", 4, Tap(4, 16, "tokens")), "the teacher's tap has layout 'tokens': choose 'linear'"),
         (("bottleneck", Tap(4, 16, "tokens"), 4), "the student's tap has layout 'tokens': choose 'linear'"),
         (("conv1x1", 4, Tap(4, 16, "tokens")), "the teacher's tap has layout 'tokens': choose 'linear'"),
         (("none", 4, 8), "student's tap has 4 channels, the teacher's 8: choose 'linear' or 'conv1x1'"),

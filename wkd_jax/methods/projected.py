@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from flax import nnx
 
 from wkd_jax.methods import schedule
@@ -17,7 +18,7 @@ class ProjectedPair(nnx.Module):
     """Base of methods that compare one tap of each side by a distance that may take them at different sizes.
 
     Maps and tokens (their leading ones dropped) of images, and pooled regions [B, R, H, W, D], which are masked by the
-    student's `valid`.
+    student's `valid`; those that do not count are 0 to the projector.
 
     Attributes:
       config: The method's settings, which have the keys of `PROJECTED`, `weight` and `schedule`.
@@ -29,7 +30,7 @@ class ProjectedPair(nnx.Module):
     PROJECTED: ClassVar[dict[str, Any]] = {
         "student_tap": "last",
         "teacher_tap": "last",
-        "projector": "bottleneck",  # conv1x1, bottleneck, linear or none
+        "projector": "bottleneck",  # conv1x1, bottleneck, conv3x3, linear or none
     }
     NEEDS_TEACHER = True
 
@@ -57,6 +58,9 @@ class ProjectedPair(nnx.Module):
         pair = [out.taps[name] for out, name in zip((context.student, context.teacher), names, strict=True)]
         pair = [x[:, tap.prefix_tokens :] if x.ndim == 3 else x for x, tap in zip(pair, self.taps, strict=True)]
         student, teacher = (x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in pair)
+        if len(lead) == 2 and context.student.valid is not None:
+            # What empty slots hold must not enter the projector's batch statistics.
+            student = jnp.where(context.student.valid.reshape(-1, 1, 1, 1), student, 0)
         return self.projector(student, train=True), teacher
 
     def weight(self, context: Context) -> Array:

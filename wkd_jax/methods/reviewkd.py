@@ -57,12 +57,16 @@ class ReviewKD(nnx.Module):
     Levels are the taps but the stem and, on top, the pooled feature as a 1 x 1 map. Defaults are those of the original
     code for ImageNet, ResNet-34 -> ResNet-18; ResNet-50 -> MobileNetV1 has weight 8 and mid_channels 256 there; CIFAR
     has preactivation "teacher", a warmup of 20 epochs, and weights from 0.6 to 8. The label weight is 1.
+
+    Detectors are distilled at the levels of their pyramids, without a pooled one; the original code has the weights 1.2
+    (ResNet-101 -> ResNet-18), 2 (ResNet-50 -> MobileNetV2) and 1 (ResNet-101 -> ResNet-50) there.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "weight": 1.0,
-        "mid_channels": 0,  # in which levels are fused; 0: the channels of the student's pooled feature, at most 512
-        "student_taps": (),  # from the shallowest on, one a level; (): all but the stem
+        "mid_channels": 0,  # in which levels are fused; 0: the channels of the student's top level, at most 512
+        "pooled_level": True,  # whether the top level is the pooled feature
+        "student_taps": (),  # from the shallowest on, one a level; (): all of the image but the stem
         "teacher_taps": (),  # likewise
         "preactivation": "both",  # whose taps are taken before their last ReLU: both, teacher or none
         "schedule": schedule.DEFAULTS,
@@ -83,11 +87,11 @@ class ReviewKD(nnx.Module):
                 f"{setup.teacher.name} {', '.join(self.teacher)}; name as many of each in student_taps and teacher_taps"
             )
         channels = [
-            [*(tap.channels for _, tap in levels.values()), info.pooled]
+            [tap.channels for _, tap in levels.values()] + [info.pooled] * config["pooled_level"]
             for levels, info in ((self.student, setup.student), (self.teacher, setup.teacher))
         ]
-        width = config["mid_channels"] or min(512, setup.student.pooled)
-        top = len(self.student)
+        width = config["mid_channels"] or min(512, channels[0][-1])
+        top = len(channels[0]) - 1
         self.fusions = nnx.List(
             Fusion(student, width, teacher, top=level == top, rngs=rngs)
             for level, (student, teacher) in enumerate(zip(*channels, strict=True))
@@ -104,8 +108,19 @@ class ReviewKD(nnx.Module):
         return {"hcl": Term(value, weight)}
 
     def _maps(self, outputs: Outputs, levels: Levels) -> list[Array]:
-        """The levels as maps, from the shallowest on; the pooled feature is the last."""
+        """The levels as maps, from the shallowest on; the pooled feature, if it is one of them, is the last.
+
+        Raises:
+          ValueError: If it is asked for, and is not one of an image.
+        """
         maps = [map_of(getattr(outputs, field)[name], tap, self.image_size) for name, (field, tap) in levels.items()]
+        if not self.config["pooled_level"]:
+            return maps
+        if outputs.pooled.ndim != 2:
+            raise ValueError(
+                f"methods.reviewkd.pooled_level=True: the pooled feature {outputs.pooled.shape} is one of each region, "
+                "not of the image; set it to False"
+            )
         return [*maps, outputs.pooled[:, None, None].astype(maps[-1].dtype)]
 
 
@@ -116,7 +131,8 @@ def _levels(info: ModelInfo, side: str, config: Any, preactivation: bool) -> Lev
       ValueError: If a tap does not exist, is named twice, or is not there before its ReLU.
     """
     key = f"methods.reviewkd.{side}_taps"
-    names = config[f"{side}_taps"] or [name for name in info.taps if name != "stem"]
+    of_image = [name for name, tap in info.taps.items() if name != "stem" and tap.size is None]
+    names = config[f"{side}_taps"] or of_image
     found = dict(find_tap(info, name, key) for name in names)
     if len(found) < len(names):
         raise ValueError(f"{key}={tuple(names)}: names a tap twice")

@@ -21,21 +21,22 @@ BOTTLENECK_WIDTH = 256
 
 
 class ConvProjector(nnx.Module):
-    """Convolutions with nothing between them, then BatchNorm and ReLU.
+    """Convolutions with nothing between them, then BatchNorm and, unless left out, ReLU.
 
     The ReLU means that the result cannot follow a teacher's feature below 0 (a `Tap` with `signed=True`, such as those
     of a Wide ResNet): published results with such teachers carry that limit.
     """
 
-    def __init__(self, convs: Sequence[nnx.Module], features: int) -> None:
+    def __init__(self, convs: Sequence[nnx.Module], features: int, *, relu: bool = True) -> None:
         self.convs = nnx.List(convs)
         self.bn = BatchNorm(features)
+        self.relu = relu
 
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps [B, H, W, D] of the student to [B, H', W', D'] of the teacher."""
         for conv in self.convs:
             x = conv(x)
-        return self.bn(x, train=train, relu=True)
+        return self.bn(x, train=train, relu=self.relu)
 
 
 class LinearProjector(nnx.Module):
@@ -84,6 +85,8 @@ def build(
       is no smaller, an unpadded convolution of size 1 + student - teacher.
     "bottleneck": 1x1 to 256 channels, 3x3, 1x1, each with a bias and nothing between them, then BatchNorm and ReLU
       (WKD, arXiv 2412.08139). Sizes must be equal.
+    "conv3x3": 3x3 without a bias, BatchNorm: WKD's on pooled regions of a pyramid, which have either sign. Sizes must
+      be equal.
     "linear": one linear map at each position, of maps or tokens. Keeps the size.
     "none": nothing; channels must be equal. Keeps the size.
 
@@ -135,17 +138,20 @@ def _conv1x1(student: Tap, teacher: Tap, student_size: Size, teacher_size: Size,
 
 def _bottleneck(student: Tap, teacher: Tap, student_size: Size, teacher_size: Size, rngs: nnx.Rngs) -> ConvProjector:
     _require_maps("bottleneck", student, teacher)
-    if student_size != teacher_size:
-        raise ValueError(
-            f"projector 'bottleneck' keeps the size, and the student's tap is {_text(student_size)}, the teacher's "
-            f"{_text(teacher_size)}: choose taps of equal size, or 'conv1x1', which resizes"
-        )
+    _require_one_size("bottleneck", student_size, teacher_size)
     convs = [
         Conv(student.channels, BOTTLENECK_WIDTH, 1, dtype=None, rngs=rngs),
         Conv(BOTTLENECK_WIDTH, BOTTLENECK_WIDTH, 3, padding=1, dtype=None, rngs=rngs),
         Conv(BOTTLENECK_WIDTH, teacher.channels, 1, dtype=None, rngs=rngs),
     ]
     return ConvProjector(convs, teacher.channels)
+
+
+def _conv3x3(student: Tap, teacher: Tap, student_size: Size, teacher_size: Size, rngs: nnx.Rngs) -> ConvProjector:
+    _require_maps("conv3x3", student, teacher)
+    _require_one_size("conv3x3", student_size, teacher_size)
+    conv = Conv(student.channels, teacher.channels, 3, padding=1, use_bias=False, dtype=None, rngs=rngs)
+    return ConvProjector([conv], teacher.channels, relu=False)
 
 
 def _linear(student: Tap, teacher: Tap, student_size: Size, teacher_size: Size, rngs: nnx.Rngs) -> LinearProjector:
@@ -163,7 +169,7 @@ def _none(student: Tap, teacher: Tap, student_size: Size, teacher_size: Size, rn
     return Identity()
 
 
-BUILDERS = {"conv1x1": _conv1x1, "bottleneck": _bottleneck, "linear": _linear, "none": _none}
+BUILDERS = {"conv1x1": _conv1x1, "bottleneck": _bottleneck, "conv3x3": _conv3x3, "linear": _linear, "none": _none}
 
 
 def _require_maps(name: str, student: Tap, teacher: Tap) -> None:
@@ -172,6 +178,14 @@ def _require_maps(name: str, student: Tap, teacher: Tap) -> None:
             raise ValueError(
                 f"projector {name!r} needs maps, and the {side}'s tap has layout {tap.layout!r}: choose 'linear'"
             )
+
+
+def _require_one_size(name: str, student_size: Size, teacher_size: Size) -> None:
+    if student_size != teacher_size:
+        raise ValueError(
+            f"projector {name!r} keeps the size, and the student's tap is {_text(student_size)}, the teacher's "
+            f"{_text(teacher_size)}: choose taps of equal size, or 'conv1x1', which resizes"
+        )
 
 
 def _double(size: Size) -> Size:

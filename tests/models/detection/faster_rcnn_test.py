@@ -91,8 +91,10 @@ def test_training(made):
     # At the start all anchors are at even odds and all classes about as likely.
     np.testing.assert_allclose(metrics["label/rpn_objectness"], np.log(2), rtol=0.05)
     np.testing.assert_allclose(metrics["label/roi_class"], np.log(4), rtol=0.05)
-    # The teacher, here the student itself, classifies the regions that the student sampled.
+    # The teacher, here the student itself, classifies the regions that the student sampled, pooled as the student's.
     np.testing.assert_array_equal(teacher.extra["regions"], student.extra["regions"])
+    for theirs, own in ((teacher.logits, student.logits), (teacher.taps["roi"], student.taps["roi"])):
+        np.testing.assert_allclose(theirs, own, atol=1e-5 * np.abs(own).max())
     assert teacher.logits.shape == student.logits.shape == (3, 24, 4)
     assert student.taps["roi"].shape == (3, 24, 3, 3, 16)
 
@@ -116,11 +118,16 @@ def test_detection(made):
     @jax.jit
     def run(params, variables, batch):
         inputs = task.student_inputs(batch, train=False)
-        outputs = structure.merge(params, variables)(batch.image, train=False, **inputs)
-        return outputs.extra["detections"], task.evaluate(batch, outputs, None)
+        network = structure.merge(params, variables)
+        outputs = network(batch.image, train=False, **inputs)
+        pooled = [network.pool(outputs.taps, outputs.extra["regions"], 3, exact=exact) for exact in (True, False)]
+        return outputs.extra["detections"], task.evaluate(batch, outputs, None), outputs.taps["roi"], pooled
 
     loud = {n: x * (100 if "cls_score" in n else 1) for n, x in params.items()}
-    found, part = run(loud, variables, batch)
+    found, part, roi, (exact, fast) = run(loud, variables, batch)
+    scale = np.abs(roi).max()
+    np.testing.assert_allclose(roi, exact, atol=1e-5 * scale)
+    assert np.abs(roi - fast).max() > 1e-2 * scale  # what detection is not pooled by
     assert found.boxes.shape == (3, 10, 4) and found.valid.any()
     limits = np.array(SIZES)[:, None, [1, 0, 1, 0]]
     assert np.all(np.asarray(found.boxes) >= 0) and np.all(np.asarray(found.boxes) <= limits)

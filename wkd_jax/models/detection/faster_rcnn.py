@@ -95,8 +95,8 @@ class FasterRCNN(nnx.Module):
       ignore_padding: Leave anchors beyond the image (rounded up to 32) out of training.
       freeze_at: Parts of the trunk that are not trained, see `trunks`.
       norm_eps: Of the trunk's normalisation; torchvision's published weights need 0.
-      pooling: Of regions in training: "gather", two samples a bin and axis, or "einsum", the preset's number of
-        samples, exactly. Inference always has the latter.
+      pooling: Of regions that are sampled or given: "gather", two samples a bin and axis, or "einsum", the preset's
+        number of samples, exactly. Detection always has the latter.
       roi_tap: Side of the pooled regions in the tap "roi", positions; 0: there is none.
       dtype: Compute dtype of the convolutions; boxes and losses are float32.
       rngs: Source of the initial values.
@@ -212,7 +212,10 @@ class FasterRCNN(nnx.Module):
         )
         proposed = jax.vmap(lambda logits, deltas, size: propose(logits, deltas, size=size))(logits, deltas, size)
         if not train:
-            outputs = self.forward_from("pyramid", levels, train=False, regions=proposed[0], region_valid=proposed[1])
+            regions, region_valid = proposed
+            outputs = self.forward_from(
+                "pyramid", levels, train=False, regions=regions, region_valid=region_valid, exact=True
+            )
             return dataclasses.replace(outputs, extra={**outputs.extra, "detections": self._detect(outputs, size)})
         if rngs is None or boxes is None or labels is None or box_valid is None:
             raise ValueError(f"{self.name}: training needs rngs, boxes, labels and box_valid, or regions")
@@ -256,14 +259,14 @@ class FasterRCNN(nnx.Module):
 
         return (nnx.remat(run) if self.remat and train else run)(self, image.astype(self.dtype))
 
-    def pool(self, levels: Mapping[str, Array], regions: Array, side: int, *, train: bool = False) -> Array:
+    def pool(self, levels: Mapping[str, Array], regions: Array, side: int, *, exact: bool = False) -> Array:
         """Regions of a pyramid as maps of one size (RoIAlign; He et al., "Mask R-CNN", arXiv 1703.06870).
 
         Args:
           levels: "p2" to "p5", [B, H, W, D].
           regions: [B, R, 4] xyxy, constants.
           side: S, positions.
-          train: Whether to pool as in training, see `pooling`.
+          exact: Whether to pool as in detection, whatever `pooling` is.
 
         Returns:
           [B, R, S, S, D], dtype of the levels.
@@ -273,7 +276,7 @@ class FasterRCNN(nnx.Module):
         def of_image(maps: Sequence[Array], regions: Array) -> Array:
             level = assign_levels(regions, preset=preset.anchors)
             settings = {"output_size": side, "aligned": preset.aligned}
-            if train and self.pooling == "gather":
+            if self.pooling == "gather" and not exact:
                 return roi_align_gather(maps, regions, level, **settings)
             return roi_align_einsum(maps, regions, level, sampling_ratio=preset.sampling_ratio, **settings)
 
@@ -288,27 +291,29 @@ class FasterRCNN(nnx.Module):
         rngs: nnx.Rngs | None = None,
         regions: Array | None = None,
         region_valid: Array | None = None,
+        exact: bool = False,
     ) -> Outputs:
         """Continues from "pyramid", a dict of the levels, or from "regions", pooled [B, R, 7, 7, D].
 
         Args:
           tap: One of the two.
           x: What it names.
-          train: Whether regions are pooled as in training.
+          train: Not used: what follows is the same in training.
           rngs: Not used.
           regions: [B, R, 4] xyxy, for "pyramid".
           region_valid: [B, R] bool; None: all count.
+          exact: Whether regions are pooled as in detection, see `pool`.
 
         Raises:
           ValueError: If there is no such tap.
         """
-        del rngs
+        del train, rngs
         taps: dict[str, Array] = {}
         if tap == "pyramid":
             taps = dict(x)
             if self.roi_tap:
-                taps["roi"] = self.pool(x, regions, self.roi_tap, train=train)
-            x = taps["roi"] if self.roi_tap == REGION_SIZE else self.pool(x, regions, REGION_SIZE, train=train)
+                taps["roi"] = self.pool(x, regions, self.roi_tap, exact=exact)
+            x = taps["roi"] if self.roi_tap == REGION_SIZE else self.pool(x, regions, REGION_SIZE, exact=exact)
         elif tap != "regions":
             raise ValueError(registry.unknown(f"tap of {self.name}", tap, ("pyramid", "regions")))
         hidden, logits, deltas = self.box_head(x)
