@@ -27,6 +27,12 @@ from wkd_jax.training import preflight
 
 PEAKS = {"NVIDIA H100": "H100 SXM", "NVIDIA H200": "H100 SXM", "TPU v5 lite": "TPU v5e", "TPU v6 lite": "TPU v6e"}
 
+# All but those of detectors, and a sum.
+METHODS = [
+    *(name for name, method in registry.entries("methods").items() if not hasattr(method, "TASK")),
+    "wkd_l+wkd_f",
+]
+
 
 def peak(dtype: str) -> tuple[float, str]:
     """FLOP/s of this device that utilisation refers to, and where the number comes from."""
@@ -101,7 +107,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--classes", type=int, nargs="+", default=[1000])
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--methods", nargs="+", default=[*registry.entries("methods"), "wkd_l+wkd_f"])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--reference", default="kd", help="the method that ratios are over")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=pathlib.Path, help="JSON (default: results/step_<pair>_<platform>.json)")

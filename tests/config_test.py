@@ -90,6 +90,7 @@ def test_every_config_file_resolves(path):
 
 @pytest.mark.parametrize("method", sorted({*registry.entries("methods")} - {*contract.DETECTORS}))
 def test_digits_offers_every_method(method):
+    """But those of detectors alone."""
     config = main.load_config(f"configs/digits_wkd.py:method={method},train_images=300")
     assert list(config.methods) == [method]
     assert config.data.train_images == 300

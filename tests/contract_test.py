@@ -17,7 +17,7 @@ from wkd_jax.types import Batch, Normalisation
 
 CLASSES, BATCH = 5, 16
 # Made for detectors, and refused here: tests/methods/detection_rows_test.py has their contract.
-DETECTORS = ("fcfd_detection",)
+DETECTORS = [name for name, method in registry.entries("methods").items() if hasattr(method, "TASK")]
 METHODS = [*(name for name in registry.entries("methods") if name not in DETECTORS), "wkd_l+wkd_f"]
 # What a method's defaults, made for ImageNet, cannot be on five classes and maps of 4 x 4.
 SMALL = {
@@ -280,7 +280,7 @@ def test_serves_or_refuses_each_kind_of_pair(method, pair):
 
 @pytest.mark.parametrize("method", DETECTORS)
 def test_methods_for_detectors_refuse_classifiers(method):
-    with pytest.raises(ValueError, match=f"methods.{method}: made for detectors, and resnet8 is a network for class"):
+    with pytest.raises(ValueError, match=f"methods.{method}: is for detection, and the student resnet8"):
         traced(method, "cnn_cnn")
 
 

@@ -111,12 +111,14 @@ def _compare(args: argparse.Namespace, overrides: Sequence[str], command: str) -
     finally:  # told to stop, it still leaves the table of what is there
         baseline = args.baseline or ("none" if "none" in args.methods else None)
         text = compare.markdown(f"Comparison on {args.config}", command, entries, baseline)
+        metric = compare.metric_of(entries)
         values = {
-            method: [compare.look_up(run, "student_top1") for run in compare.finished(row)]
+            method: [compare.look_up(run, metric.student) for run in compare.finished(row)]
             for method, row in compare.by_method(entries).items()
             if compare.finished(row)
         }
-        figure = dots.draw("student top-1 of the last epoch, %", values, baseline) if values else None
+        title = f"student {metric.name} of the last {metric.time}, %"
+        figure = dots.draw(title, values, baseline) if values else None
         _write(out, text, entries, figure)
     return int(any(entry.status == FAILED for entry in entries))
 

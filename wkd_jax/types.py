@@ -254,6 +254,7 @@ class Method(Protocol):
     Attributes:
       DEFAULTS: Every key of the method's config with its default; a key that is not there is refused.
       NEEDS_TEACHER: False where the method distils a network into itself.
+      TASK: Registered name of the one task that it is for, optional; others are refused.
       SHARDING: ((regex of its variables' paths, partition spec), ...), optional: where its large variables go, if no
         rule of the config places them and the mesh divides them.
     """

@@ -29,6 +29,15 @@ CASES = {
         jax.value_and_grad(lambda mean, cov: sum(losses.gaussian_w2(mean, cov, mean + 1, 2 * cov))),
         (jnp.ones(C), jnp.eye(C)),
     ),
+    "instance_attention": (
+        jax.value_and_grad(
+            lambda q, k, v: losses.instance_attention(
+                q, k, v, valid=jnp.ones((2, 5), bool), real=jnp.ones((2, 4), bool)
+            )[0].sum(),
+            argnums=(0, 1, 2),
+        ),
+        (jnp.ones((2, 4, 2, C)), *jnp.ones((2, 2, 5, 2, C))),
+    ),
     **{
         f"cka {kernel}": (lambda x, kernel=kernel: losses.cka(x, kernel=kernel), (jnp.ones((3, 5, C)),))
         for kernel in ("linear", "polynomial", "rbf")

@@ -121,10 +121,6 @@ def test_bridges():
         ({"feature_weight": -1.0}, "methods.fcfd_detection.feature_weight=-1.0: must be 0 or more"),
         ({"box_weight": -1.0}, "methods.fcfd_detection.box_weight=-1.0"),
         ({"temperature": 0.0}, "methods.fcfd_detection.temperature=0.0: must be above 0"),
-        (
-            {"student": ModelInfo("resnet18", C, {"stage4": Tap(2, 4)}, 7, "fc/kernel")},
-            "methods.fcfd_detection: made for detectors, and resnet18 is a network for classification",
-        ),
     ],
 )
 def test_what_cannot_work_is_refused(changes, message):

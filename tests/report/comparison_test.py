@@ -136,6 +136,55 @@ def test_the_figure_stands_alone_and_is_sorted_by_mean():
     assert more.count("<use ") == figure.count("<use ") + 1  # every run has its mark
 
 
+def detected(entry):
+    """The same run, had it detected: AP a quarter of its top-1."""
+    ap = entry.result["student_top1"] / 4
+    kept = ("method_parameters", "seconds", "devices", "versions", "identity", "config")
+    numbers = {
+        "student_AP": ap,
+        "student_AP50": ap + 20,
+        "student_AP75": ap + 2,
+        "student_APs": -1.0,
+        "teacher_AP": 40.0,
+    }
+    numbers |= {"best": {"student_AP": ap + 0.25, "step": 7}} | {key: entry.result[key] for key in kept}
+    return dataclasses.replace(entry, result=numbers)
+
+
+def test_runs_of_detectors_are_compared_by_average_precision():
+    made = [detected(run) if run.result else run for run in entries()]
+    page = compare.markdown("title", "command", made, "none")
+    table = rows(page)
+    assert list(table["kd"]) == [
+        "method", "AP, last evaluation, %", "spread", "seeds", "AP, best evaluation, %", "difference to none",
+        "AP50, %", "AP75, %", "ms a step", "parameters added", "teacher AP, %", "remarks",
+    ]  # fmt: skip
+    mean = np.mean(TOP1["none"]) / 4
+    shown = [table["none"][key] for key in ("AP, last evaluation, %", "AP50, %", "AP75, %", "AP, best evaluation, %")]
+    assert shown == [f"{mean + more:.2f}" for more in (0, 20, 2, 0.25)]
+    pairs = np.subtract(TOP1["kd"][:2], TOP1["none"][:2]) / 4
+    error = np.std(pairs, ddof=1) / np.sqrt(2)
+    assert table["kd"]["difference to none"] == f"+{pairs.mean():.2f} ± {error:.2f} (2)"
+    assert table["kd"]["teacher AP, %"] == "40.00" and table["fcfd"]["AP50, %"] == "–"
+    assert "- AP of the student" in page and "Top-1" not in page and "Agreement" not in page
+    lines = list(csv.DictReader(io.StringIO(compare.raw(made))))
+    assert [float(line["student_AP"]) for line in lines[:4]] == [top1 / 4 for top1 in TOP1["none"]]
+    assert (float(lines[0]["best_AP"]), float(lines[0]["student_AP50"])) == (20.55, 40.3)
+    assert "student_top1" not in lines[0] and lines[0]["best_step"] == "7" and lines[6]["student_AP"] == ""
+
+
+def test_a_published_table_of_detectors():
+    table = TABLES["coco_r101_r18"]
+    found = {"KD": [detected(run) for run in entries() if run.method == "kd" and run.result]}
+    shown = rows(compare.published(table, "command", found, {}, []))
+    numbers = [shown["KD"][f"paper {name}, %"] for name in ("AP", "AP50", "AP75")]
+    assert numbers == ["33.97", "54.66", "36.62"]
+    mean, spread = np.mean(TOP1["kd"][:2]) / 4, np.std(TOP1["kd"][:2], ddof=1) / 4
+    assert shown["KD"]["ours AP, last evaluation, %"] == f"{mean:.2f} ± {spread:.2f} (2)"
+    assert shown["KD"]["ours AP50, %"] == f"{mean + 20:.2f}"
+    assert shown["teacher"]["ours AP, last evaluation, %"] == "40.00 (1)"
+
+
 def write(directory, *, done=True, **config):
     """A fabricated work directory."""
     directory.mkdir(parents=True)
@@ -190,7 +239,7 @@ def test_a_published_table_beside_the_runs_found():
         "a paper",
         [
             Row("teacher", 73.31, teacher=True),
-            Row("KD", 71.03, 90.05, config="f:kd"),
+            Row("KD", 71.03, (90.05,), config="f:kd"),
             Row("ours", 72.5, spread=0.1, config="f:ours"),
             Row("closed", 72.17),
         ],
@@ -234,8 +283,25 @@ def test_a_published_table_beside_the_runs_found():
 )
 def test_published_numbers(table, row, numbers, method):
     (found,) = [each for each in TABLES[table].rows if each.name == row]
-    assert (found.top1, found.top5, found.spread) == numbers
+    assert (found.value, next(iter(found.more), None), found.spread) == numbers
     assert found.config is None if method is None else found.config.endswith(method)
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "numbers"),
+    [
+        ("coco_r101_r18", "student", (33.26, 53.61, 35.26)),
+        ("coco_r101_r18", "FCFD", (37.37, 57.60, 40.34)),
+        ("coco_r101_r50", "teacher", (42.04, 62.48, 45.88)),
+        ("coco_r101_r50", "DKD + ReviewKD", (40.65, 61.51, 44.44)),
+        ("coco_r50_mv2", "teacher", (40.22, 61.02, 43.81)),
+        ("coco_r50_mv2", "FitNet", (30.20, 49.80, 31.69)),
+    ],
+)
+def test_published_numbers_of_detectors(table, row, numbers):
+    (found,) = [each for each in TABLES[table].rows if each.name == row]
+    assert (found.value, *found.more) == numbers
+    assert found.teacher == (row == "teacher")
 
 
 def test_published_tables_are_whole():
@@ -249,6 +315,10 @@ def test_published_tables_are_whole():
             f"cifar100_{pair}": 12
             for pair in ("swin_t_r18", "vit_s_r18", "vit_s_mv2", "convnext_t_deit_t", "convnext_t_swin_p")
         },
+        "coco_r101_r18": 9,
+        "coco_r101_r50": 8,
+        "coco_r50_mv2": 9,
     }
     for table in TABLES.values():
+        assert all(len(row.more) <= len(table.metric.more) for row in table.rows)
         assert len({row.name for row in table.rows}) == len(table.rows)

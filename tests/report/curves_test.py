@@ -26,7 +26,9 @@ def test_every_quantity_has_its_place():
         "grad_norm": curve([1, "nan"]),
     }
     evaluation = {"student_top1": curve([50, 60]), "loss": curve([2, 1]), "examples": curve([10, 10])}
-    groups = curves.groups({"train": train, "eval": evaluation, "holdout": {"student_top1": curve([1, 2])}}, 90.0)
+    groups = curves.groups(
+        {"train": train, "eval": evaluation, "holdout": {"student_top1": curve([1, 2])}}, {"student_top1": 90.0}
+    )
     assert captions(groups) == {
         "Overview": ["total loss", "weight × term, all terms", "top-1 accuracy in evaluation, %"],
         "Loss terms": ["m/a", "m/a: its weight", "m/a: weight × term", "m/b", "m/b: its weight", "m/b: weight × term"],
@@ -39,12 +41,12 @@ def test_every_quantity_has_its_place():
 
 
 def test_nothing_logged():
-    assert curves.groups({}, None) == []
+    assert curves.groups({}, {}) == []
     assert curves.longest({}) == 0
 
 
 def test_no_teacher_no_level():
-    (overview,) = curves.groups({"eval": {"student_top1": curve([50, 60])}}, None)
+    (overview,) = curves.groups({"eval": {"student_top1": curve([50, 60])}}, {"student_top1": None})
     assert ">teacher<" not in overview.figures[0].svg
 
 

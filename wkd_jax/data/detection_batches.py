@@ -15,6 +15,7 @@ from PIL import Image
 
 from wkd_jax.data import batches as batches_lib
 from wkd_jax.data import canvas as canvas_lib
+from wkd_jax.data import detection_split
 from wkd_jax.data import image as image_lib
 from wkd_jax.data.batches import Places
 from wkd_jax.data.detection_split import DetectionSplit, Options
@@ -99,14 +100,7 @@ class Batches:
         problems = []
         for place, row, found in zip(wanted, rows, self._records.fetch(rows), strict=True):
             try:
-                if isinstance(found, Exception):
-                    raise found
-                encoded, found_id = found
-                if found_id != self._ids[row]:
-                    raise ValueError(f"it is image {found_id}, its annotations are of image {self._ids[row]}")
-                pixels = image_lib.decode(encoded)
-                if (found_size := list(pixels.shape[:2])) != (size_said := self._sizes[row].tolist()):
-                    raise ValueError(f"(height, width) is {found_size} pixels, its annotations say {size_said}")
+                pixels = detection_split.decoded(found, self._ids[row], self._sizes[row])
             except (OSError, ValueError) as error:
                 valid[place], image[place] = False, batches_lib.mean_colour(self.options)  # type: ignore[arg-type]
                 problems.append((self._records.name(row), str(error)))

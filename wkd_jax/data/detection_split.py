@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from wkd_jax.data import canvas as canvas_lib
+from wkd_jax.data import image as image_lib
 from wkd_jax.data.batches import Records
 from wkd_jax.data.coco_json import Instances
 from wkd_jax.types import Samples
@@ -126,6 +127,23 @@ class DetectionSplit:
         parts = (self.records.fingerprint, self.instances.fingerprint, _sha256(self.usable), _sha256(self.kept))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    def pixels(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Some images as they are stored, each [H, W, 3] uint8, RGB.
+
+        Args:
+          rows: [M] integers, positions in `instances`.
+
+        Raises:
+          ValueError: If an image cannot be read, or is not what its annotations say; names it.
+        """
+        images = []
+        for row, found in zip(rows.tolist(), self.records.fetch(rows.tolist()), strict=True):
+            try:
+                images.append(decoded(found, self.instances.image_ids[row], self.instances.sizes[row]))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self.records.name(row)} cannot be read ({error}): restore the file") from error
+        return images
+
     def buckets(self, short: int, options: Options) -> np.ndarray:
         """[N] int64: the canvas of each image, by its size when resized to `short`.
 
@@ -146,6 +164,32 @@ class DetectionSplit:
                 f"of the split are so): add a canvas, here {needed}, or lower data.max_side={options.max_side}"
             )
         return buckets
+
+
+def decoded(found: tuple[bytes, int] | Exception, image_id: int, size: np.ndarray) -> np.ndarray:
+    """The pixels of an image, compared with its annotations.
+
+    Args:
+      found: What `Records.fetch` gave for it.
+      image_id: What its annotations say.
+      size: [2], (height, width), likewise, pixels.
+
+    Returns:
+      [H, W, 3] uint8, RGB.
+
+    Raises:
+      OSError: If it could not be read.
+      ValueError: If it is no image, or another one.
+    """
+    if isinstance(found, Exception):
+        raise found
+    encoded, found_id = found
+    if found_id != image_id:
+        raise ValueError(f"it is image {found_id}, its annotations are of image {image_id}")
+    pixels = image_lib.decode(encoded)
+    if (found_size := list(pixels.shape[:2])) != (size_said := size.tolist()):
+        raise ValueError(f"(height, width) is {found_size} pixels, its annotations say {size_said}")
+    return pixels
 
 
 def training_split(records: Records, instances: Instances, options: Options) -> DetectionSplit:

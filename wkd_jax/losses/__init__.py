@@ -31,7 +31,9 @@ from wkd_jax.losses.distribution import (
 )
 from wkd_jax.losses.dpk import minibatch_cka, minibatch_hsic
 from wkd_jax.losses.feature import adaptive_average_pool, mse
+from wkd_jax.losses.fgfi import fgfi
 from wkd_jax.losses.gaussian import gaussian_w2
+from wkd_jax.losses.icd import icd, icd_auxiliary, instance_attention
 from wkd_jax.losses.ickd import ickd
 from wkd_jax.losses.ipot import emd_ipot, ipot
 from wkd_jax.losses.kl import kd, kl
@@ -77,10 +79,14 @@ __all__ = [
     "feature_laplace_kl",
     "feature_sinkhorn",
     "feature_sorted_w2",
+    "fgfi",
     "gaussian_w2",
     "ground_cost",
     "hcl",
+    "icd",
+    "icd_auxiliary",
     "ickd",
+    "instance_attention",
     "ipot",
     "kd",
     "kl",

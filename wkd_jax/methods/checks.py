@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from wkd_jax import registry
-from wkd_jax.types import Setup
 
 
 def positive(method: str, config: Mapping[str, Any], *keys: str) -> None:
@@ -37,12 +36,4 @@ def groups(method: str, config: Mapping[str, Any], batch_size: int) -> None:
         raise ValueError(
             f"methods.{method}.group_size={size}: must be 0 (the whole batch) or divide the {batch_size} examples of a "
             "(micro)batch"
-        )
-
-
-def needs_detector(method: str, setup: Setup) -> None:
-    """Raises ValueError where the student is no detector."""
-    if setup.student.task != "detection":
-        raise ValueError(
-            f"methods.{method}: made for detectors, and {setup.student.name} is a network for {setup.student.task}"
         )

@@ -43,9 +43,9 @@ class FCFDDetection(nnx.Module):
         "schedule": schedule.DEFAULTS,
     }
     NEEDS_TEACHER = True
+    TASK = "detection"
 
     def __init__(self, config: Any, setup: Setup, *, rngs: nnx.Rngs) -> None:
-        checks.needs_detector("fcfd_detection", setup)
         checks.not_negative("fcfd_detection", config, "feature_weight", "kd_weight", "box_weight", "mixed_weight")
         checks.positive("fcfd_detection", config, "temperature")
         schedule.check("fcfd_detection", config["feature_weight"], config["schedule"], setup.epochs)

@@ -21,7 +21,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
 
     Args:
       workdir: Of a run. It must hold `config.json` and `metrics.jsonl`; what else is there of `result.json`,
-        `evaluation.json` and `interrelation.npz` is shown too.
+        `evaluation.json`, `pictures.json` and `interrelation.npz` is shown too.
 
     Returns:
       The report's path.

@@ -1,4 +1,4 @@
-"""What a report says of each class: accuracy, agreement, mistakes, and how alike the classes are to the teacher."""
+"""What a report says of each class: accuracy, average precision, mistakes, and how alike classes are to the teacher."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from scipy.spatial import distance
 
 from wkd_jax.report import plots, text
 from wkd_jax.report.elements import Figure, Table
-from wkd_jax.report.read import Evaluation, Interrelation
+from wkd_jax.report.read import Evaluation, Interrelation, Precision
 
 EXTREMES = 10  # classes, or pairs of classes, in a table of the best or the worst
+_NAMED = 100  # classes up to which average precision is drawn with their names, as of COCO's 80
 
 
 def percent(part: Any, whole: Any) -> np.ndarray:
@@ -28,23 +29,27 @@ def percent(part: Any, whole: Any) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Accuracies:
-    """Percentages by class, [C]; NaN for a class without examples, None for what needs a teacher that there is not."""
+class Percentages:
+    """Percentages by class, [C]; NaN for a class without examples, None for what needs a teacher that there is not.
+
+    `count` has the examples of each class; None where they are not counted.
+    """
 
     names: Sequence[str]
-    count: np.ndarray
+    count: np.ndarray | None
     student: np.ndarray
     teacher: np.ndarray | None
     agree: np.ndarray | None
 
     def table(self, caption: str, classes: Iterable[int]) -> Table:
         """What is known of some classes, in their order."""
-        head = ["class", "examples", "student %"]
+        head = ["class", *([] if self.count is None else ["examples"]), "student %"]
         head += [] if self.teacher is None else ["teacher %", "gap"]
         head += [] if self.agree is None else ["agree %"]
         rows = []
         for i in classes:
-            row = [self.names[i], f"{self.count[i]:,.0f}", text.fixed(self.student[i], 1)]
+            row = [self.names[i], *([] if self.count is None else [f"{self.count[i]:,.0f}"])]
+            row += [text.fixed(self.student[i], 1)]
             if self.teacher is not None:
                 row += [text.fixed(self.teacher[i], 1), text.signed(self.student[i] - self.teacher[i], 1)]
             if self.agree is not None:
@@ -54,7 +59,7 @@ class Accuracies:
 
     def extremes(self) -> list[Table]:
         """The classes at either end, for more classes than a person reads through."""
-        known = np.flatnonzero(self.count > 0)
+        known = np.flatnonzero(np.isfinite(self.student))
 
         def first(key: np.ndarray) -> np.ndarray:
             return known[np.argsort(key[known], kind="stable")][:EXTREMES]
@@ -81,9 +86,9 @@ def section(evaluation: Evaluation) -> dict[str, Any]:
     names, count = evaluation.class_names, evaluation.count
     teacher = None if evaluation.teacher_correct is None else percent(evaluation.teacher_correct, count)
     agree = None if evaluation.agree is None else percent(evaluation.agree, count)
-    known = Accuracies(names, count, percent(evaluation.student_correct, count), teacher, agree)
+    known = Percentages(names, count, percent(evaluation.student_correct, count), teacher, agree)
     order = np.argsort(-known.student, kind="stable")  # NaN last
-    drawing = plots.class_accuracy(
+    drawing = plots.by_class(
         "class accuracy",
         [names[i] for i in order],
         known.student[order],
@@ -105,6 +110,32 @@ def section(evaluation: Evaluation) -> dict[str, Any]:
         "figures": figures,
         "tables": tables,
         "everything": known.table(f"All {len(names)} classes, best first", order),
+        "long": long,
+    }
+
+
+def precision(found: Precision) -> dict[str, Any]:
+    """Average precision by class.
+
+    Returns:
+      `absent`: names of the classes without objects, which are left out of all else. `figure`; None if there is no
+      other class. `tables` of the extremes, where the classes are many. `everything`: the table of all classes, best
+      first. `long`: whether that is too long to be shown at once.
+    """
+    order = np.argsort(-found.student, kind="stable")  # NaN last
+    order = order[np.isfinite(found.student[order])]
+    teacher = None if found.teacher is None else found.teacher[order]
+    known = Percentages([found.class_names[i] for i in order], None, found.student[order], teacher, None)
+    figure = None
+    if order.size:
+        drawing = plots.by_class("class AP", known.names, known.student, teacher, measure="AP", bars=_NAMED)
+        figure = Figure("Average precision of each class", drawing)
+    long = order.size > plots.BARS
+    return {
+        "absent": [name for name, value in zip(found.class_names, found.student, strict=True) if np.isnan(value)],
+        "figure": figure,
+        "tables": known.extremes() if long else [],
+        "everything": known.table(f"All {order.size} classes with objects, best first", range(order.size)),
         "long": long,
     }
 

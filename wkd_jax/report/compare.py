@@ -13,7 +13,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from wkd_jax.report import metric as metric_lib
 from wkd_jax.report import text
+from wkd_jax.report.metric import Metric
 from wkd_jax.report.published import Table
 
 FINISHED, FAILED, UNFINISHED, MISSING = "finished", "failed", "unfinished", "missing"
@@ -43,29 +45,15 @@ class Entry:
     step_ms: float | None = None
 
 
-# Column of the CSV file -> where the result has it.
-_COLUMNS = {
-    "student_top1": ("student_top1",),
-    "student_top5": ("student_top5",),
-    "best_top1": ("best", "student_top1"),
-    "best_step": ("best", "step"),
-    "agreement": ("agreement",),
-    "teacher_top1": ("teacher_top1",),
-    "method_parameters": ("method_parameters",),
-    "student_parameters": ("student_parameters",),
-    "teacher_parameters": ("teacher_parameters",),
-    "steps": ("steps",),
-    "seconds": ("seconds",),
-    "devices": ("devices",),
-    "wkd_jax": ("versions", "wkd_jax"),
-    "jax": ("versions", "jax"),
-}
+def metric_of(entries: Iterable[Entry]) -> Metric:
+    """What these runs are measured by."""
+    return metric_lib.of(key for run in finished(entries) if run.result is not None for key in run.result)
 
 
-def look_up(entry: Entry, column: str) -> Any:
-    """What the result of a run has in a column of the CSV file; None where it has nothing."""
+def look_up(entry: Entry, *path: str) -> Any:
+    """What the result of a run has at nested keys; None where it has nothing."""
     value: Any = entry.result
-    for part in _COLUMNS[column]:
+    for part in path:
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
@@ -94,9 +82,11 @@ def mean_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
-def difference(row: Iterable[Entry], baseline: Iterable[Entry]) -> tuple[float | None, float | None, int]:
-    """Mean difference of final top-1 over the seeds that both have, its standard error, and how many these are."""
-    left, right = ({run.seed: look_up(run, "student_top1") for run in finished(side)} for side in (row, baseline))
+def difference(
+    row: Iterable[Entry], baseline: Iterable[Entry], metric: Metric
+) -> tuple[float | None, float | None, int]:
+    """Mean difference of the final metric over the seeds that both have, its standard error, and how many these are."""
+    left, right = ({run.seed: look_up(run, metric.student) for run in finished(side)} for side in (row, baseline))
     paired = [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
     mean, spread = mean_spread(paired)
     return mean, None if spread is None else spread / math.sqrt(len(paired)), len(paired)
@@ -111,36 +101,38 @@ def markdown(title: str, command: str, entries: Sequence[Entry], baseline: str |
       entries: All runs that were asked for.
       baseline: The method that the others are compared with; None for no such column.
     """
-    rows = by_method(entries)
-    head = ["method", "top-1, last epoch, %", "spread", "seeds", "top-1, best epoch, %"]
+    rows, metric = by_method(entries), metric_of(entries)
+    name, time = metric.name, metric.time
+    head = ["method", f"{name}, last {time}, %", "spread", "seeds", f"{name}, best {time}, %"]
     head += [f"difference to {baseline}"] if baseline else []
-    head += ["agreement, %", "ms a step", "parameters added", "teacher top-1, %", "remarks"]
+    head += [*metric.beside.values(), "ms a step", "parameters added", f"teacher {name}, %", "remarks"]
     body = []
     for method, row in rows.items():
-        top1, spread = mean_spread(_values(row, "student_top1"))
-        cells = [f"`{method}`", text.fixed(top1), text.fixed(spread), f"{len(finished(row))} of {len(row)}"]
-        cells.append(_mean(row, "best_top1"))
+        mean, spread = mean_spread(_values(row, metric.student))
+        cells = [f"`{method}`", text.fixed(mean), text.fixed(spread), f"{len(finished(row))} of {len(row)}"]
+        cells.append(_mean(row, "best", metric.student))
         if baseline:
-            cells.append("baseline" if method == baseline else _difference(row, rows[baseline]))
+            cells.append("baseline" if method == baseline else _difference(row, rows[baseline], metric))
         times = [run.step_ms for run in finished(row) if run.step_ms is not None]
         added = sorted({f"{value:,}" for value in _values(row, "method_parameters")})
-        cells += [_mean(row, "agreement"), text.fixed(statistics.median(times) if times else None, 1)]
-        cells += [" / ".join(added) or "–", _mean(row, "teacher_top1"), _remarks(row)]
+        cells += [*(_mean(row, key) for key in metric.beside)]
+        cells += [text.fixed(statistics.median(times) if times else None, 1), " / ".join(added) or "–"]
+        cells += [_mean(row, metric.teacher), _remarks(row)]
         body.append(cells)
     seeds = sorted({entry.seed for entry in entries})
     notes = [
-        "Top-1 of the student on the test split: the last evaluation, mean over seeds; spread: their sample standard "
-        "deviation. Best epoch: the mean of each run's best evaluation, picked on the same split, so too favourable.",
+        f"{name[0].upper()}{name[1:]} of the student on the test split: the last evaluation, mean over seeds; spread: "
+        f"their sample standard deviation. Best {time}: the mean of each run's best evaluation, picked on the same "
+        "split, so too favourable.",
         *(
             [
-                f"Difference to {baseline}: of the last epoch, paired by seed, ± its standard error; in brackets, the "
+                f"Difference to {baseline}: of the last {time}, paired by seed, ± its standard error; in brackets, the "
                 "number of pairs."
             ]
             if baseline
             else []
         ),
-        "Agreement: images on which student and teacher predict the same class. Parameters added: trained with the "
-        "student, dropped after training.",
+        f"{metric.explained} Parameters added: trained with the student, dropped after training.",
         "Milliseconds: median over seeds of each run's median training step, without compilation and evaluation, on "
         "the devices below; other machines give others.",
         f"Seeds: {', '.join(map(str, seeds))}.",
@@ -163,31 +155,34 @@ def published(
       commands: Name of a row -> the command that makes it.
       notes: Further sentences.
     """
+    metric = table.metric
     teachers = {
-        run.result["identity"]["teacher"]: look_up(run, "teacher_top1")
+        run.result["identity"]["teacher"]: look_up(run, metric.teacher)
         for runs in found.values()
         for run in finished(runs)
-        if run.result and look_up(run, "teacher_top1") is not None
+        if run.result and look_up(run, metric.teacher) is not None
     }
     body = []
     for row in table.rows:
         runs = found.get(row.name, ())
-        top1 = [*teachers.values()] if row.teacher else _values(runs, "student_top1")
+        ours = [*teachers.values()] if row.teacher else _values(runs, metric.student)
+        further = [*row.more, *[None] * len(metric.more)][: len(metric.more)]
         waiting = sum(run.status == UNFINISHED for run in runs)
         body.append(
             [
                 row.name,
-                f"{text.fixed(row.top1)}{f' ± {text.fixed(row.spread)}' if row.spread is not None else ''}",
-                text.fixed(row.top5),
-                _counted_mean(top1),
-                _mean(runs, "student_top5"),
-                _counted_mean(_values(runs, "best_top1")),
+                f"{text.fixed(row.value)}{f' ± {text.fixed(row.spread)}' if row.spread is not None else ''}",
+                *map(text.fixed, further),
+                _counted_mean(ours),
+                *(_mean(runs, f"student_{key}") for key in metric.more),
+                _counted_mean(_values(runs, "best", metric.student)),
                 f"{len(finished(runs))}{f', {waiting} unfinished' if waiting else ''}" if row.config else "–",
                 f"`{commands[row.name]}`" if row.name in commands else "–",
             ]
         )
-    head = ["row", "paper top-1, %", "paper top-5, %", "ours top-1, last epoch, %", "ours top-5, %"]
-    head += ["ours top-1, best epoch, %", "runs", "command"]
+    name, more = metric.name, metric.more.values()
+    head = ["row", f"paper {name}, %", *(f"paper {each}, %" for each in more), f"ours {name}, last {metric.time}, %"]
+    head += [*(f"ours {each}, %" for each in more), f"ours {name}, best {metric.time}, %", "runs", "command"]
     notes = [
         f"Paper: {table.source}",
         "Ours: mean ± sample standard deviation over the finished runs, whatever their seeds; in brackets, how many. "
@@ -200,22 +195,39 @@ def published(
 
 def raw(entries: Iterable[Entry]) -> str:
     """One line a run, as CSV."""
+    entries = list(entries)
+    columns = _columns(metric_of(entries))
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["method", "seed", "status", "step_ms", *_COLUMNS, "workdir", "reason"])
+    writer.writerow(["method", "seed", "status", "step_ms", *columns, "workdir", "reason"])
     for run in entries:
-        measured = [look_up(run, column) for column in _COLUMNS]
+        measured = [look_up(run, *path) for path in columns.values()]
         writer.writerow([run.method, run.seed, run.status, run.step_ms, *measured, run.workdir, run.reason])
     return stream.getvalue()
 
 
-def _values(row: Iterable[Entry], column: str) -> list[Any]:
-    """What the finished runs have in a column, without those that have nothing there."""
-    return [value for run in finished(row) if (value := look_up(run, column)) is not None]
+def _columns(metric: Metric) -> dict[str, tuple[str, ...]]:
+    """Column of the CSV file -> where the result has it."""
+    single = [metric.student, *(f"student_{key}" for key in metric.more)]
+    after = [key for key in metric.beside if key not in single] + [metric.teacher]
+    after += ["method_parameters", "student_parameters", "teacher_parameters", "steps", "seconds", "devices"]
+    return {
+        **{key: (key,) for key in single},
+        f"best_{metric.key}": ("best", metric.student),
+        "best_step": ("best", "step"),
+        **{key: (key,) for key in after},
+        "wkd_jax": ("versions", "wkd_jax"),
+        "jax": ("versions", "jax"),
+    }
 
 
-def _mean(row: Iterable[Entry], column: str) -> str:
-    return text.fixed(mean_spread(_values(row, column))[0])
+def _values(row: Iterable[Entry], *path: str) -> list[Any]:
+    """What the finished runs have at nested keys of their results, without those that have nothing there."""
+    return [value for run in finished(row) if (value := look_up(run, *path)) is not None]
+
+
+def _mean(row: Iterable[Entry], *path: str) -> str:
+    return text.fixed(mean_spread(_values(row, *path))[0])
 
 
 def _counted_mean(values: Sequence[float]) -> str:
@@ -225,8 +237,8 @@ def _counted_mean(values: Sequence[float]) -> str:
     return f"{text.fixed(mean)}{'' if spread is None else f' ± {text.fixed(spread)}'} ({len(values)})"
 
 
-def _difference(row: Iterable[Entry], baseline: Iterable[Entry]) -> str:
-    mean, error, pairs = difference(row, baseline)
+def _difference(row: Iterable[Entry], baseline: Iterable[Entry], metric: Metric) -> str:
+    mean, error, pairs = difference(row, baseline, metric)
     return "–" if mean is None else f"{text.signed(mean)} ± {text.fixed(error)} ({pairs})"
 
 

@@ -14,6 +14,13 @@ from wkd_jax.report.read import Curve
 
 Curves = Mapping[str, Curve]
 
+# Of evaluations, what the overview shows: the student's curve -> its caption.
+_HEADLINES = {
+    "student_top1": "top-1 accuracy in evaluation, %",
+    "student_AP": "AP in evaluation, %",
+    "student_AP50": "AP50 in evaluation, %",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -24,7 +31,7 @@ class Group:
     remark: str = ""
 
 
-def groups(curves: Mapping[str, Curves], teacher_top1: float | None) -> list[Group]:
+def groups(curves: Mapping[str, Curves], teacher: Mapping[str, float | None]) -> list[Group]:
     """All logged quantities as figures; nothing that was logged is left out.
 
     A quantity "method/term" of the training log is a loss term if "method/term/weight" is logged too, and otherwise one
@@ -32,7 +39,8 @@ def groups(curves: Mapping[str, Curves], teacher_top1: float | None) -> list[Gro
 
     Args:
       curves: Kind of record -> quantity -> curve.
-      teacher_top1: Percent, drawn as a level beside the student's; None where it is not known.
+      teacher: The student's curve -> the teacher's value, percent, drawn as a level beside it; None or absent where it
+        is not known.
     """
     train = dict(curves.get("train", {}))
     weighted = {key: _product(train[key], train[f"{key}/weight"]) for key in train if f"{key}/weight" in train}
@@ -49,9 +57,11 @@ def groups(curves: Mapping[str, Curves], teacher_top1: float | None) -> list[Gro
         overview.append(_figure("total loss", {"total": total}, scale="log"))
     if len(terms) > 1:
         overview.append(_figure("weight × term, all terms", {key: weighted[key] for key in terms}))
-    if top1 := evaluated.pop("student_top1", None):
-        level = None if teacher_top1 is None else ("teacher", teacher_top1)
-        overview.append(_figure("top-1 accuracy in evaluation, %", {"student": top1}, level=level))
+    for key, caption in _HEADLINES.items():
+        if curve := evaluated.pop(key, None):
+            value = teacher.get(key)
+            level = None if value is None else ("teacher", value)
+            overview.append(_figure(caption, {"student": curve}, level=level))
     rows = []
     for key in terms:
         rows.append(_figure(key, {key: train.pop(key)}, scale="log"))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 
-from wkd_jax.report import classes, curves, plots, text
-from wkd_jax.report.elements import Card
+from wkd_jax.report import classes, curves, metric, pictures, plots, text
+from wkd_jax.report.elements import Card, Table
 from wkd_jax.report.read import Run, number
 
 # Entries of result.json that have their place on the page; any other number gets a card of its own.
 _PLACED = {
     "student_top1", "student_top5", "teacher_top1", "agreement", "loss", "examples", "steps", "seconds", "num_classes",
-    "student_parameters", "teacher_parameters", "method_parameters",
+    "student_parameters", "teacher_parameters", "method_parameters", "student_overflows", "teacher_overflows",
+    *(f"{side}_{key}" for side in ("student", "teacher") for key in metric.COCO),
 }  # fmt: skip
 
 
@@ -39,9 +41,12 @@ def render(run: Run) -> str:
         step=run.step,
         truncated=run.truncated,
         cards=_cards(run),
-        groups=curves.groups(run.curves, _teacher_top1(run)),
+        groups=curves.groups(run.curves, _teacher_levels(run)),
         longest=curves.longest(run.curves),
         buckets=plots.BUCKETS,
+        coco=_coco(run),
+        precision=classes.precision(run.precision) if run.precision else None,
+        pictures=pictures.section(run.pictures) if run.pictures and run.pictures.images else None,
         classes=classes.section(run.evaluation) if run.evaluation else None,
         interrelation=classes.interrelation(run.interrelation) if run.interrelation else None,
         config=_sections(run.config),
@@ -81,32 +86,40 @@ def _result(run: Run, key: str) -> float | None:
     return number(value)
 
 
-def _teacher_top1(run: Run) -> float | None:
-    """Percent, from the result or, while there is none, from the last evaluation."""
-    if run.result is None and (curve := run.curves.get("eval", {}).get("teacher_top1")):
-        return float(curve.values[-1])
-    return _result(run, "teacher_top1")
+def _latest(run: Run, key: str) -> float | None:
+    """From the result or, while there is none, the last evaluation; NaN for COCO's -1, where nothing was to find."""
+    if run.result is None and (curve := run.curves.get("eval", {}).get(key)):
+        value: float | None = float(curve.values[-1])
+    else:
+        value = _result(run, key)
+    return math.nan if value == -1 else value
+
+
+def _teacher_levels(run: Run) -> dict[str, float | None]:
+    """Curve of the student -> the same number of the teacher."""
+    keys = (run.metric.key, *run.metric.more)
+    return {f"student_{key}": _latest(run, f"teacher_{key}") for key in keys}
 
 
 def _cards(run: Run) -> list[Card]:
     """The numbers at the top."""
-    student, teacher, agreement = _result(run, "student_top1"), _teacher_top1(run), _result(run, "agreement")
+    of = run.metric
+    student, teacher, agreement = (_latest(run, key) for key in (of.student, of.teacher, "agreement"))
     remarks = []
     evaluated = run.curves.get("eval", {})
-    if run.result is None and "student_top1" in evaluated:
-        student = float(evaluated["student_top1"].values[-1])
-        agreement = float(evaluated["agreement"].values[-1]) if "agreement" in evaluated else None
-        remarks.append(f"at step {evaluated['student_top1'].steps[-1]:,}")
-    if (top5 := _result(run, "student_top5")) is not None:
-        remarks.append(f"top-5 {text.fixed(top5)}\u00a0%")
+    if run.result is None and of.student in evaluated:
+        remarks.append(f"at step {evaluated[of.student].steps[-1]:,}")
+    for key, name in of.more.items():
+        if (value := _result(run, f"student_{key}")) is not None:
+            remarks.append(f"{name} {text.fixed(value)}\u00a0%")
     best = (run.result or {}).get("best") or {}
-    if "student_top1" in best:
-        remarks.append(f"best {text.fixed(best['student_top1'])}\u00a0% at step {best['step']:,}")
+    if of.student in best:
+        remarks.append(f"best {text.fixed(best[of.student])}\u00a0% at step {best['step']:,}")
     cards = []
     if student is not None:
-        cards.append(Card("Student top-1", f"{text.fixed(student)}\u00a0%", " · ".join(remarks)))
+        cards.append(Card(f"Student {of.name}", f"{text.fixed(student)}\u00a0%", " · ".join(remarks)))
     if teacher is not None:
-        cards.append(Card("Teacher top-1", f"{text.fixed(teacher)}\u00a0%"))
+        cards.append(Card(f"Teacher {of.name}", f"{text.fixed(teacher)}\u00a0%"))
     if student is not None and teacher is not None:
         cards.append(Card("Gap", text.signed(student - teacher), "points, student − teacher"))
     if agreement is not None:
@@ -114,11 +127,34 @@ def _cards(run: Run) -> list[Card]:
     return cards + _effort(run)
 
 
+def _coco(run: Run) -> dict[str, Any] | None:
+    """COCO's twelve numbers, and the images of which detections may be missing; None for another kind of run."""
+    if run.metric is not metric.AP:
+        return None
+    head, rows = ["number", "what", "student %"], []
+    with_teacher = _latest(run, metric.AP.teacher) is not None
+    head += ["teacher %", "difference"] if with_teacher else []
+    for key, what in metric.COCO.items():
+        student, teacher = (_latest(run, f"{side}_{key}") for side in ("student", "teacher"))
+        row = [key, what, text.fixed(student)]
+        if with_teacher:
+            known = student is not None and teacher is not None
+            row += [text.fixed(teacher), text.signed(student - teacher) if known else "–"]
+        rows.append(row)
+    overflows = {side: _latest(run, f"{side}_overflows") for side in ("student", "teacher")}
+    return {
+        "table": Table("COCO's twelve numbers", head, rows, 2),
+        "overflows": ", ".join(f"{side} {count:,.0f}" for side, count in overflows.items() if count),
+    }
+
+
 def _effort(run: Run) -> list[Card]:
     """What the run took, and numbers of the result that have no place of their own."""
     steps, seconds = _result(run, "steps"), _result(run, "seconds")
     epochs = "" if run.epoch is None else f"{run.epoch:.4g} epochs"
-    if run.result is None and "epochs" in run.config:
+    if run.result is None and run.config.get("steps"):
+        epochs = f"of {run.config['steps']:,} · {run.epoch or 0:.4g} epochs"
+    elif run.result is None and "epochs" in run.config:
         epochs = f"{run.epoch or 0:.4g} of {run.config['epochs']} epochs"
     cards = [Card("Steps", f"{run.step if steps is None else steps:,.0f}", epochs)]
     if seconds is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -149,27 +148,37 @@ def confusion(name: str, names: Sequence[str], counts: np.ndarray) -> Markup:
     return _matrix(name, names, share, scale, annotate, label="Confusion matrix of the student")
 
 
-def class_accuracy(name: str, names: Sequence[str], student: np.ndarray, teacher: np.ndarray | None) -> Markup:
-    """Draws the accuracy of each class: as named bars, or by rank where there are too many.
+def by_class(
+    name: str,
+    names: Sequence[str],
+    student: np.ndarray,
+    teacher: np.ndarray | None,
+    *,
+    measure: str = "accuracy",
+    bars: int = BARS,
+) -> Markup:
+    """Draws a percentage of each class: as named bars, or by rank where there are too many.
 
     Args:
       name: The figure's.
       names: C class names, in the order to draw.
       student: [C], percent; NaN where a class has no examples.
       teacher: The same; None in a run without a teacher.
+      measure: What the percentages are.
+      bars: Classes up to which each has a bar.
     """
-    bars = len(names) <= BARS
-    height = 70 + 18 * len(names) if bars else 300
-    left = _room(names, 9) if bars else 45
+    named = len(names) <= bars
+    height = 70 + 18 * len(names) if named else 300
+    left = _room(names, 9) if named else 45
 
     def paint(figure: Figure) -> None:
         axes = figure.add_axes(_box(left, 24, _WIDTH - left - 15, height - 64, height))
-        (_bars if bars else _ranks)(axes, names, student, teacher)
+        (_bars if named else _ranks)(axes, names, student, teacher, measure)
 
-    return svg.draw(name, _WIDTH, height, paint, label="Accuracy by class")
+    return svg.draw(name, _WIDTH, height, paint, label=f"{measure[0].upper()}{measure[1:]} by class")
 
 
-def _bars(axes: Axes, names: Sequence[str], student: np.ndarray, teacher: np.ndarray | None) -> None:
+def _bars(axes: Axes, names: Sequence[str], student: np.ndarray, teacher: np.ndarray | None, measure: str) -> None:
     """A bar a class for the student, a tick on it for the teacher."""
     y = np.arange(len(names))
     axes.barh(y, np.nan_to_num(student), height=0.62, color=svg.STUDENT, label="student")
@@ -181,22 +190,22 @@ def _bars(axes: Axes, names: Sequence[str], student: np.ndarray, teacher: np.nda
     axes.set_yticks(y, [svg.plain(each) for each in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy, %")
+    axes.set_xlabel(f"{measure}, %")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     if teacher is not None:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
 
 
-def _ranks(axes: Axes, names: Sequence[str], student: np.ndarray, teacher: np.ndarray | None) -> None:
+def _ranks(axes: Axes, names: Sequence[str], student: np.ndarray, teacher: np.ndarray | None, measure: str) -> None:
     """A line through the student's classes, a dot a class for the teacher."""
     rank = np.arange(1, len(names) + 1)
     if teacher is not None:
         axes.scatter(rank, teacher, s=7, color=svg.TEACHER, linewidths=0, label="teacher", rasterized=True)
     axes.plot(rank, student, color=svg.STUDENT, linewidth=2, label="student")
     axes.set_xlim(0, len(names) + 1)
-    axes.set_xlabel("classes, in the order of the student's accuracy")
-    axes.set_ylabel("accuracy, %")
+    axes.set_xlabel(f"classes, in the order of the student's {measure}")
+    axes.set_ylabel(f"{measure}, %")
     axes.grid(axis="y")
     if teacher is not None:
         axes.legend(loc="lower left")
@@ -273,11 +282,7 @@ def _matrix(
 
 def _room(names: Sequence[str], size: float) -> float:
     """Pixels that the longest of these tick labels needs, about: the page's font is not known here."""
-
-    def ems(name: str) -> float:
-        return sum(1.05 if unicodedata.east_asian_width(char) in "WF" else 0.58 for char in svg.plain(name))
-
-    return 12 + size * max(ems(name) for name in names)
+    return 12 + size * max(svg.ems(svg.plain(name)) for name in names)
 
 
 def _box(left: float, top: float, width: float, height: float, total: float) -> tuple[float, float, float, float]:

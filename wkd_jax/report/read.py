@@ -5,6 +5,8 @@ Knows nothing of JAX and nothing of how the files were made, so that a report ca
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import json
 import pathlib
@@ -14,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from wkd_jax.report import metric as metric_lib
+from wkd_jax.report.metric import Metric
 
 NON_FINITE = {"nan", "inf", "-inf"}  # strict JSON has no such numbers, so they are logged as these strings
 
@@ -54,6 +59,63 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Precision:
+    """How well the student, and the teacher where there is one, detect the objects of each class.
+
+    Attributes:
+      class_names: C names.
+      student: [C] float64, average precision, percent; NaN for a class of which the evaluated images have no object.
+      teacher: The same; None in a run without a teacher.
+    """
+
+    class_names: Sequence[str]
+    student: np.ndarray
+    teacher: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """An object, or what was taken for one.
+
+    Attributes:
+      name: Of its class.
+      place: (x, y, width, height), pixels of the original image, (x, y) its upper left corner.
+      score: Of a detection; None for an object of the ground truth.
+      crowd: Whether it is a region of many objects.
+    """
+
+    name: str
+    place: tuple[float, ...]
+    score: float | None = None
+    crowd: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image of the test split, and the boxes in it.
+
+    Attributes:
+      image_id: As in the annotations.
+      size: (width, height) of the original, pixels.
+      jpeg: A copy of any size, in base64.
+      boxes: "truth", "student" and, in a run with a teacher, "teacher" -> boxes.
+    """
+
+    image_id: int
+    size: tuple[int, int]
+    jpeg: str
+    boxes: Mapping[str, Sequence[Box]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Images to draw, and the least score of the detections in them."""
+
+    images: Sequence[Picture]
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Interrelation:
     """The teacher's class interrelations.
 
@@ -80,7 +142,9 @@ class Run:
       epoch: The last epoch logged; None where none was.
       truncated: Whether the log ends in half a line, as that of a killed run may. The half line is left out.
       result: The outcome; None while the run is unfinished.
-      evaluation: None where the run has not written one.
+      evaluation: None where the run has not written one, or classifies nothing.
+      precision: None where the run has not written it, or detects nothing.
+      pictures: None where the run has not written them.
       interrelation: None where no method asked for one.
     """
 
@@ -92,14 +156,21 @@ class Run:
     truncated: bool
     result: Mapping[str, Any] | None
     evaluation: Evaluation | None
+    precision: Precision | None
+    pictures: Pictures | None
     interrelation: Interrelation | None
+
+    @property
+    def metric(self) -> Metric:
+        """What its networks are measured by."""
+        return metric_lib.of([*(self.result or {}), *self.curves.get("eval", {})])
 
 
 def read(workdir: str | pathlib.Path) -> Run:
     """Reads a work directory.
 
-    `config.json` and `metrics.jsonl` must be there; `result.json`, `evaluation.json` and `interrelation.npz` may be
-    absent.
+    `config.json` and `metrics.jsonl` must be there; `result.json`, `evaluation.json`, `pictures.json` and
+    `interrelation.npz` may be absent.
 
     Raises:
       FileNotFoundError: If the directory or one of the two files is missing.
@@ -110,9 +181,11 @@ def read(workdir: str | pathlib.Path) -> Run:
         raise FileNotFoundError(f"{workdir}: no such work directory; give the one that the run was started with")
     records, truncated = _records(workdir / "metrics.jsonl")
     last = max(records, key=lambda record: record["step"], default={"step": 0})
-    result, evaluation, interrelation = (
-        workdir / name for name in ("result.json", "evaluation.json", "interrelation.npz")
+    result, evaluation, pictures, interrelation = (
+        workdir / name for name in ("result.json", "evaluation.json", "pictures.json", "interrelation.npz")
     )
+    by_class = _json_object(evaluation) if evaluation.exists() else {}
+    detects = "student_AP_by_class" in by_class
     return Run(
         workdir=workdir,
         config=_json_object(workdir / "config.json"),
@@ -121,7 +194,9 @@ def read(workdir: str | pathlib.Path) -> Run:
         epoch=number(last.get("epoch")),
         truncated=truncated,
         result=_json_object(result) if result.exists() else None,
-        evaluation=_evaluation(evaluation) if evaluation.exists() else None,
+        evaluation=_evaluation(evaluation, by_class) if evaluation.exists() and not detects else None,
+        precision=_precision(evaluation, by_class) if detects else None,
+        pictures=_pictures(pictures) if pictures.exists() else None,
         interrelation=_interrelation(interrelation) if interrelation.exists() else None,
     )
 
@@ -220,12 +295,16 @@ def _array(path: pathlib.Path, key: str, value: Any, shape: tuple[int, ...]) -> 
     return array
 
 
-def _evaluation(path: pathlib.Path) -> Evaluation:
-    """Reads evaluation.json. What a run has no numbers for is null or absent."""
-    data = _json_object(path)
+def _class_names(path: pathlib.Path, data: Mapping[str, Any]) -> list[str]:
     names = data.get("class_names")
     if not isinstance(names, list) or not names:
         raise ValueError(f"{path}: 'class_names' must be a list of names, one a class")
+    return [str(name) for name in names]
+
+
+def _evaluation(path: pathlib.Path, data: Mapping[str, Any]) -> Evaluation:
+    """What evaluation.json says of a classification run. What a run has no numbers for is null or absent."""
+    names = _class_names(path, data)
     if missing := [key for key in ("count", "student_correct") if data.get(key) is None]:
         raise ValueError(f"{path}: has no {' and no '.join(map(repr, missing))}")
     by_class = (len(names),)
@@ -238,7 +317,66 @@ def _evaluation(path: pathlib.Path) -> Evaluation:
         most = np.inf if key == "count" else arrays["count"][:, None] if key == "confusion" else arrays["count"]
         if array is not None and not ((array >= 0) & (array <= most)).all():
             raise ValueError(f"{path}: {key!r} must lie between 0 and 'count' for every class")
-    return Evaluation(class_names=[str(name) for name in names], **arrays)
+    return Evaluation(class_names=names, **arrays)
+
+
+def _precision(path: pathlib.Path, data: Mapping[str, Any]) -> Precision:
+    """What evaluation.json says of a detection run. A class without objects has -1."""
+    names = _class_names(path, data)
+
+    def percent(key: str) -> np.ndarray | None:
+        if data.get(key) is None:
+            return None
+        values = _array(path, key, data[key], (len(names),))
+        if not ((values == -1) | (values >= 0) & (values <= 100)).all():
+            raise ValueError(f"{path}: {key!r} must lie between 0 and 100, or be -1 for a class without objects")
+        return np.where(values < 0, np.nan, values)
+
+    student = percent("student_AP_by_class")
+    if student is None:
+        raise ValueError(f"{path}: has no 'student_AP_by_class'")
+    return Precision(names, student, percent("teacher_AP_by_class"))
+
+
+def _pictures(path: pathlib.Path) -> Pictures:
+    """Reads pictures.json."""
+    data = _json_object(path)
+    if (score := number(data.get("score"))) is None or not isinstance(data.get("images"), list):
+        raise ValueError(f"{path}: needs 'score', a number, and 'images', a list")
+    return Pictures([_picture(f"{path}: images[{i}]", image) for i, image in enumerate(data["images"])], score)
+
+
+def _picture(where: str, image: Any) -> Picture:
+    """One of its images. `where` is what messages begin with."""
+    try:
+        identity, size = image["image_id"], (image["width"], image["height"])
+        sides = {side: image[side] for side in ("truth", "teacher", "student") if side != "teacher" or side in image}
+        jpeg = image["jpeg"]
+        begins = base64.b64decode(jpeg, validate=True)[:3]
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise ValueError(f"{where}: not an image with its boxes ({error!r})") from error
+    if not all(type(value) is int for value in (identity, *size)) or min(size) < 1:
+        raise ValueError(f"{where}: 'image_id', 'width' and 'height' must be integers, the sides above 0")
+    if begins != b"\xff\xd8\xff":
+        raise ValueError(f"{where}: 'jpeg' is no JPEG in base64")
+    return Picture(identity, size, jpeg, {side: _boxes(f"{where}.{side}", boxes) for side, boxes in sides.items()})
+
+
+def _boxes(where: str, boxes: Any) -> list[Box]:
+    """The boxes of one side of an image."""
+    if not isinstance(boxes, list):
+        raise ValueError(f"{where}: expected a list of boxes, found {type(boxes).__name__}")
+    found = []
+    for i, box in enumerate(boxes):
+        try:
+            place = tuple(float(value) for value in box["box"])
+            score = None if box.get("score") is None else float(box["score"])
+            found.append(Box(str(box["class"]), place, score, bool(box.get("crowd"))))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{where}[{i}]: not a box with its class ({error!r})") from error
+        if len(place) != 4 or not np.isfinite(place).all() or min(place[2:]) < 0:
+            raise ValueError(f"{where}[{i}]: 'box' must be finite x, y, width and height, the latter two 0 or more")
+    return found
 
 
 def _interrelation(path: pathlib.Path) -> Interrelation:

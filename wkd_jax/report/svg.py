@@ -88,6 +88,11 @@ def plain(text: str, limit: int = 28) -> str:
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 
+def ems(text: str) -> float:
+    """The width of a text in font sizes, about: the page's font is not known here."""
+    return sum(1.05 if unicodedata.east_asian_width(char) in "WF" else 0.58 for char in text)
+
+
 def _inline(source: bytes, label: str) -> str:
     """Matplotlib's SVG document as an element of an HTML page: no namespaces, metadata, fixed size or style sheet."""
     root = ET.fromstring(source)

@@ -17,7 +17,7 @@ import numpy as np
 from wkd_jax import losses
 from wkd_jax.data import augment
 from wkd_jax.data.detection import DetectionDataSet
-from wkd_jax.evaluation import coco
+from wkd_jax.evaluation import coco, pictures
 from wkd_jax.models.detection.boxes import pairwise_iou
 from wkd_jax.types import Array, Batch, Context, Model, Normalisation, Outputs, Samples, Term, Terms
 
@@ -170,11 +170,24 @@ class Detection:
         return metrics
 
     def files(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-        """`evaluation.json`: average precision by class; `SIDE_detections.json`: all detections, in COCO's form."""
+        """What reports and later evaluations are made of.
+
+        `evaluation.json`: average precision by class. `SIDE_detections.json`: all detections, in COCO's form.
+        `pictures.json`: a few images with their boxes, see `evaluation.pictures`.
+        """
         by_class = {name: value.tolist() for name, value in evaluation.items() if name.endswith("_AP_by_class")}
-        files: dict[str, Any] = {"evaluation.json": {"class_names": self.data.class_names, **by_class}}
-        files |= {f"{name}.json": found for name, found in evaluation.items() if name.endswith("_detections")}
-        return files
+        found = {
+            name.removesuffix("_detections"): results
+            for name, results in evaluation.items()
+            if name.endswith("_detections")
+        }
+        truth = self.data.ground_truth
+        rows = pictures.spread(truth)
+        return {
+            "evaluation.json": {"class_names": self.data.class_names, **by_class},
+            **{f"{side}_detections.json": results for side, results in found.items()},
+            "pictures.json": pictures.content(truth, rows, self.data.test.pixels(rows), found),
+        }
 
 
 def _smooth_l1(difference: Array, beta: float) -> Array:

@@ -377,6 +377,13 @@ def _learner(
                 f"the {side} {info.name} takes images of {info.image_size} alone and the data set {data.name} gives "
                 f"{data.image_size}: set its image_size, or the data set's"
             )
+    for name in config["methods"]:
+        wanted = getattr(registry.get("methods", name), "TASK", student.info.task)
+        if wanted != student.info.task:
+            raise ValueError(
+                f"methods.{name}: is for {wanted}, and the student {student.info.name} is a network for "
+                f"{student.info.task}; choose another method"
+            )
     setup = Setup(
         student=student.info,
         teacher=teacher,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from wkd_jax.models.detection.anchors import cell_anchors, grid_anchors
 from wkd_jax.models.detection.boxes import pairwise_iou
-from wkd_jax.models.detection.matching import beyond_image, match_anchors, match_proposals, sample
+from wkd_jax.models.detection.matching import beyond_image, match_anchors, match_proposals, near_objects, sample
 
 A, M, CASES = 60, 6, 40
 
@@ -125,6 +126,36 @@ def test_memory_of_anchors():
         return jnp.max(iou, axis=0), jnp.any(iou == jnp.max(iou, axis=1, keepdims=True), axis=0)
 
     assert temporary(match_anchors) < 30 * count < 4 * count * rows <= temporary(direct)
+    assert temporary(near_objects) < 30 * count
+
+
+def test_near_objects_golden():
+    """One box on a 6 x 6 grid of stride 8: its largest IoU is 0.75, and 8 positions are near it."""
+    anchors = grid_anchors(cell_anchors(32), (6, 6), (8, 8))
+    box = np.array([[8, 8, 40, 32]], np.float32)
+    assert pairwise_iou(box, anchors).max() == 0.75
+    near = np.asarray(near_objects(anchors, box, np.ones(1, bool))).reshape(6, 6, 3).any(-1)
+    expected = np.zeros((6, 6), bool)
+    expected[1, 3] = expected[4, 3] = True
+    expected[2:4, 2:5] = True
+    np.testing.assert_array_equal(near, expected)
+
+
+def test_near_objects():
+    anchors, boxes, valid, _ = draw_cases()
+    near = np.asarray(jax.jit(jax.vmap(near_objects))(anchors, boxes, valid))
+    spoilt = np.where(valid[..., None], boxes, np.float32(np.nan))
+    np.testing.assert_array_equal(near, jax.jit(jax.vmap(near_objects))(anchors, spoilt, valid))
+    for i in range(CASES):
+        iou = iou_matrix(boxes[i], anchors[i])[valid[i]]
+        np.testing.assert_array_equal(near[i], (iou > 0.5 * iou.max(axis=1, keepdims=True)).any(axis=0))
+    assert not near[0].any()  # no box is valid
+    assert 0.1 < near.mean() < 0.9
+    assert not near_objects(anchors[1], boxes[1] + 1000, valid[1]).any()  # nor where no anchor overlaps one
+    shared = iou_matrix(boxes[1], anchors[1]).max(axis=0) > 0
+    np.testing.assert_array_equal(near_objects(anchors[1], boxes[1], valid[1], share=0.0), shared)
+    with pytest.raises(ValueError, match="share=1.0: must be from 0 to below 1"):
+        near_objects(anchors[0], boxes[0], valid[0], share=1.0)
 
 
 def test_beyond_image():

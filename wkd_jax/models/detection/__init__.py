@@ -14,7 +14,14 @@ from wkd_jax.models.detection.boxes import (
     matched_iou,
     pairwise_iou,
 )
-from wkd_jax.models.detection.matching import Sample, beyond_image, match_anchors, match_proposals, sample
+from wkd_jax.models.detection.matching import (
+    Sample,
+    beyond_image,
+    match_anchors,
+    match_proposals,
+    near_objects,
+    sample,
+)
 from wkd_jax.models.detection.nms import Detections, final_detections, nms_mask, select_best
 from wkd_jax.models.detection.roi_align import assign_levels, roi_align_einsum, roi_align_gather
 
@@ -34,6 +41,7 @@ __all__ = [
     "match_anchors",
     "match_proposals",
     "matched_iou",
+    "near_objects",
     "nms_mask",
     "pairwise_iou",
     "pyramid_anchors",

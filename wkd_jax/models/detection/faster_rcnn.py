@@ -202,7 +202,7 @@ class FasterRCNN(nnx.Module):
             return self.forward_from("pyramid", levels, train=train, regions=regions, region_valid=region_valid)
         size = jnp.broadcast_to(jnp.array(image.shape[1:3]), (len(image), 2)) if size is None else size
         logits, deltas = self.rpn([levels[name] for name in LEVELS])
-        grid = pyramid_anchors(image.shape[1:3], sizes=self.anchor_sizes, preset=self.preset.anchors)
+        grid = self.anchors(image.shape[1:3])
         propose = functools.partial(
             proposals.propose,
             anchors=grid,
@@ -244,6 +244,10 @@ class FasterRCNN(nnx.Module):
             "labels": jnp.where(targets.positive, _rows(labels, targets.matches), background).astype(jnp.int32),
         }
         return dataclasses.replace(outputs, extra=outputs.extra | extra)
+
+    def anchors(self, canvas: tuple[int, int]) -> list[np.ndarray]:
+        """Anchors of each level of a canvas (height, width), see `pyramid_anchors`."""
+        return pyramid_anchors(canvas, sizes=self.anchor_sizes, preset=self.preset.anchors)
 
     def pyramid(self, image: Array, *, train: bool) -> dict[str, Array]:
         """The levels "p2" to "p6" [B, H / stride, W / stride, D] of [B, H, W, 3] normalised canvases.

@@ -139,6 +139,45 @@ def match_proposals(
     return labels.astype(jnp.int32), jnp.argmax(iou, axis=1).astype(jnp.int32)
 
 
+def near_objects(anchors: Array, boxes: Array, box_valid: Array, *, share: float = 0.5) -> Array:
+    """Anchors that lie about as well on an object as the best ones: which positions FGFI imitates.
+
+    An anchor is near a box where their IoU is above `share` of the largest that any anchor has with that box, and near
+    objects where it is near any box. Boxes are taken one after the other, as in `match_anchors`.
+
+    Args:
+      anchors: [A, 4] xyxy, pixels, of all levels.
+      boxes: [M, 4] xyxy, ground truth.
+      box_valid: [M] bool, False for padding, whatever the values there.
+      share: Of the largest IoU, from 0 to below 1.
+
+    Returns:
+      [A] bool.
+
+    Raises:
+      ValueError: If the share is out of range or a shape does not fit.
+
+    Example:
+      >>> anchors = jnp.array([[0.0, 0.0, 4.0, 8.0], [0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 4.0, 3.0]])
+      >>> print(near_objects(anchors, jnp.array([[0.0, 0.0, 4.0, 10.0]]), jnp.array([True])))  # IoU 0.8, 0.4 and 0.3
+      [ True False False]
+
+    References:
+      Wang et al., "Distilling Object Detectors with Fine-grained Feature Imitation", CVPR 2019, arXiv 1906.03609.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share={share}: must be from 0 to below 1")
+    count, _ = _checked(anchors, boxes, box_valid, None, "anchor_valid")
+    anchors, boxes = jax.lax.stop_gradient((anchors, boxes))
+
+    def with_box(near: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
+        box, valid = row
+        iou = jnp.where(valid, matched_iou(box, anchors), 0)
+        return near | (iou > share * jnp.max(iou, initial=0)), None
+
+    return jax.lax.scan(with_box, jnp.zeros(count, bool), (boxes, box_valid))[0]
+
+
 def beyond_image(anchors: Array, size: Array, *, multiple: int = 32) -> Array:
     """Anchors whose centre only a larger canvas has: at or beyond a side of the image rounded up to a multiple.
 
