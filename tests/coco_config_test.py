@@ -1,5 +1,7 @@
 """configs/coco_wkd.py: every row at reduced size, a step traced for all pairs, real steps on one and eight devices."""
 
+import re
+
 import drawn_coco
 import jax
 import numpy as np
@@ -76,6 +78,8 @@ def test_every_row_is_a_step(root, data, row, pair):
     batch = build.abstract_batch(BATCH, data)
     state, metrics = jax.eval_shape(plan.program.train_step, plan.state, plan.frozen, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), plan.state)
+    decayed = [name for name in plan.state.params if not re.search(coco_wkd.NORMALISATION, name)]
+    assert not any(name.endswith("scale") for name in decayed)
     weights = [name for name in metrics if name.endswith("/weight")]
     assert {name.split("/")[0] for name in weights} == {"label", *config["methods"]}
 
@@ -125,7 +129,6 @@ def test_how_networks_are_fed(root):
 
 def test_arguments():
     for argument, words in (
-        ("", "needs data_dir=DIRECTORY"),
         ("source=tfds", "needs test_json=FILE"),
         ("data_dir=x,method=wkd_fl", "did you mean 'wkd_"),
         ("data_dir=x,pair=r101_r19", "did you mean 'r101_r18'"),
