@@ -21,7 +21,7 @@ WIDTHS = dict(teacher=dict(features=64, hidden=128), student=dict(features=24, h
 def get_config(argument):
     name, _, methods = argument.partition(",")
     config = dict(
-        name=name, epochs=8 if name == "teacher" else 3, global_batch_size=8,
+        name=name, epochs=12 if name == "teacher" else 3, global_batch_size=8,
         data=dict(name="coco", data_dir="set", canvases=((96, 96), (96, 128), (128, 96)), train_short=(64, 80),
                   test_short=72, max_side=108, max_boxes=4, workers=0),
         task=dict(name="detection"),
@@ -30,7 +30,7 @@ def get_config(argument):
             anchor_samples=64, region_samples=64, detections=20, freeze_at=0, roi_tap=7, **WIDTHS[name],
         ),
         optimizer=dict(name="adamw", learning_rate=5e-4, weight_decay=1e-4, clip_norm=5.0, schedule="cosine"),
-        log_every=30, eval_every=8, checkpoint_every=1000,
+        log_every=30, eval_every=12, checkpoint_every=1000,
     )
     if methods:
         config["teacher"] = dict(run="teacher")
