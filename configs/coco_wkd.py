@@ -57,21 +57,21 @@ SWAPPED = dict(mean=CAFFE["mean"][::-1], std=(57.375 / 255, 57.12 / 255, 58.395 
 
 PAIRS = {
     "r101_r18": dict(
-        teacher="faster_rcnn_r101.d2_coco_3x",
+        teacher="faster_rcnn_r101.d2_3x_coco",
         student=dict(name="faster_rcnn_r18"),
         init="resnet18.tv_in1k",
         feeding={"fixed": (IMAGENET, CAFFE), "reference": (SWAPPED, dict(CAFFE, mean=SWAPPED["mean"]))},
     ),
     "r50_mv2": dict(
-        teacher="faster_rcnn_r50.d2_coco_3x",
+        teacher="faster_rcnn_r50.d2_3x_coco",
         student=dict(name="faster_rcnn_mobilenetv2", freeze_at=0),
         init="mobilenet_v2.tv_in1k",
         feeding={"fixed": (IMAGENET, CAFFE), "reference": (CAFFE, CAFFE)},
     ),
     "r101_r50": dict(
-        teacher="faster_rcnn_r101.d2_coco_3x",
+        teacher="faster_rcnn_r101.d2_3x_coco",
         student=dict(name="faster_rcnn_r50"),
-        init="resnet50.d2_msra",
+        init="resnet50.msra_in1k",
         feeding={"fixed": (CAFFE, CAFFE), "reference": (CAFFE, CAFFE)},
     ),
 }

@@ -1,9 +1,8 @@
 """The whole detector against torchvision's, from the same random weights: pyramid, proposals, detections, losses."""
 
-import re
 import types
 
-import harness  # noqa: F401  makes torchvision importable
+import harness  # makes torchvision importable
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,27 +10,21 @@ import pytest
 import torch
 import torchvision
 from flax import nnx
+from safetensors.torch import load_file
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
 
+from wkd_jax import weights
 from wkd_jax.models import functional
-from wkd_jax.models.detection.faster_rcnn import FasterRCNN
+from wkd_jax.models.detection.faster_rcnn import TRUNKS, FasterRCNN
+from wkd_jax.models.detection.trunks import MobileNetV2Trunk
 from wkd_jax.tasks.detection import Detection
 from wkd_jax.training.step import weigh
 from wkd_jax.types import Batch, Context
+from wkd_jax.weights import export, match
+from wkd_jax.weights.state import BUFFERS
 
 CLASSES = 6
-LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-# Our names of arrays, as torchvision calls them; kernels and statistics as in `weights.keys`.
-RENAMES = (
-    (r"^trunk\.", "backbone.body."),
-    (r"^fpn\.lateral\.(\d)\.", r"backbone.fpn.inner_blocks.\1.0."),
-    (r"^fpn\.output\.(\d)\.", r"backbone.fpn.layer_blocks.\1.0."),
-    (r"^rpn\.conv\.", "rpn.head.conv.0.0."),
-    (r"^rpn\.objectness\.", "rpn.head.cls_logits."),
-    (r"^rpn\.deltas\.", "rpn.head.bbox_pred."),
-    (r"^box_head\.fc1\.", "roi_heads.box_head.fc6."),
-    (r"^box_head\.fc2\.", "roi_heads.box_head.fc7."),
-    (r"^box_head\.", "roi_heads.box_predictor."),
-)
 
 
 def nms(boxes, scores, threshold):
@@ -103,32 +96,6 @@ def theirs(**settings):
     return net
 
 
-def convert(net, ours):
-    """Its arrays, by our names: torch's layouts, and the background behind the classes instead of before them."""
-    state = {name: value.numpy() for name, value in net.state_dict().items()}
-    _, params, variables, _ = functional.split(ours)
-    arrays = {}
-    for name, value in {**params, **variables}.items():
-        key = name.replace("/", ".")
-        for leaf, theirs in LEAVES.items():
-            key = re.sub(rf"\.{leaf}$", f".{theirs}", key)
-        for pattern, replacement in RENAMES:
-            key = re.sub(pattern, replacement, key)
-        array = state.pop(key)
-        if key.startswith("roi_heads.box_predictor.cls_score"):
-            array = np.roll(array, -1, axis=0)
-        if key.startswith("roi_heads.box_predictor.bbox_pred"):
-            array = array[4:]
-        if name.endswith("fc1/kernel"):
-            array = array.reshape(len(array), -1, 7, 7)
-        if name.endswith("kernel"):
-            array = array.transpose((2, 3, 1, 0) if array.ndim == 4 else (1, 0))
-        assert array.shape == value.shape, name
-        arrays[name] = jnp.asarray(array)
-    assert all(name.endswith("num_batches_tracked") for name in state)
-    return arrays
-
-
 def images():
     rng = np.random.default_rng(1)
     return [torch.tensor(rng.random((3, *size), np.float32)) for size in ((150, 200), (200, 170), (160, 256))]
@@ -137,7 +104,11 @@ def images():
 def build(net, **settings):
     settings = {"preset": "tv", "ignore_padding": False, "pooling": "einsum", **settings}
     ours = nnx.eval_shape(lambda: FasterRCNN("faster_rcnn_r50", CLASSES + 1, **settings, rngs=nnx.Rngs(0)))
-    return functional.split(ours)[0], convert(net, ours)
+    state = {key: value.numpy() for key, value in net.state_dict().items() if not key.endswith(BUFFERS)}
+    fit = match.best(state, ours)
+    assert (fit.style, fit.problems) == ("torchvision", 0)
+    arrays, _ = match.convert(fit, ours, "torchvision", reset_head=False)
+    return functional.split(ours)[0], jax.tree.map(jnp.asarray, arrays)
 
 
 def share_found(boxes, others, *, within):
@@ -192,6 +163,42 @@ def test_detections():
         assert share_found(ours, others, within=0.01) > 0.97 and share_found(others, ours, within=0.01) > 0.97
         total += keep.sum()
     assert total > 30
+
+
+def small(name):
+    """torchvision's detector with fixed normalisation and the trunk of ours."""
+    if name == "faster_rcnn_mobilenetv2":
+        features = torchvision.models.mobilenet_v2(weights=None, norm_layer=FrozenBatchNorm2d).features
+        layers = {str(index): str(level) for level, index in enumerate(MobileNetV2Trunk.LAST)}
+        backbone = BackboneWithFPN(features, layers, list(MobileNetV2Trunk.channels), 256)
+    else:
+        backbone = resnet_fpn_backbone(backbone_name=TRUNKS[name], weights=None)
+    return harness.randomise(torchvision.models.detection.FasterRCNN(backbone, CLASSES + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "style"),
+    [
+        ("faster_rcnn_r18", "torchvision_0_12"),
+        ("faster_rcnn_r50", "torchvision"),
+        ("faster_rcnn_mobilenetv2", "torchvision"),
+    ],
+)
+def test_files(tmp_path, name, style):
+    """What torch saves is read; what is written torchvision loads with strict=True, also as old versions wrote it."""
+    net = small(name)
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    model = nnx.eval_shape(lambda: FasterRCNN(name, CLASSES + 1, preset="tv", rngs=nnx.Rngs(0)))
+    file = weights.open_file(tmp_path / "x.pth")
+    arrays, notes = file.arrays(model)
+    assert notes[0] == "keys of torchvision" and file.normalisation == weights.public.IMAGENET
+    export.to_torch(tmp_path / "x.safetensors", model, arrays, style=style)
+    other = small(name)
+    other.load_state_dict(load_file(tmp_path / "x.safetensors"), strict=True)
+    before = net.state_dict()
+    for part in ("weight", "bias"):
+        before[f"roi_heads.box_predictor.bbox_pred.{part}"][:4] = 0  # of the background
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
 def ground_truth():

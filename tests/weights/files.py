@@ -22,4 +22,4 @@ def state_dict(model, arrays, style=None):
     """The arrays as PyTorch would save them."""
     styles = type(model).KEY_STYLES
     entries = keys.layout(match.shapes_of(model), styles[style or next(iter(styles))])
-    return {entry.key: keys.to_torch(name, arrays[name], entry.shape) for name, entry in entries.items()}
+    return {entry.key: keys.to_torch(name, arrays[name], entry.shape, entry.steps) for name, entry in entries.items()}

@@ -24,15 +24,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m wkd_jax.models",
-        description="List the networks: parameters, multiply-adds of one image, taps as name channels/stride (a tap of "
-        "tokens has t after it, a signed one +-), and the accuracy that the publishers of weights report.",
+        description="List the networks: trained parameters, multiply-adds of one image, taps as name channels/stride "
+        "(a tap of tokens has t after it, a signed one +-), and what publishers of weights report: top-1 / top-5, or "
+        "box AP of detectors, whose classes include the background.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="networks to list; default: all")
-    parser.add_argument("--num_classes", type=int, help="default: that of the published weights, or 100")
-    parser.add_argument("--image_size", type=int, nargs=2, metavar=("H", "W"), help="default: 224, or 32 of CIFAR nets")
+    parser.add_argument(
+        "--num_classes", type=int, help="default: that of the published weights, 81 of detectors, or 100"
+    )
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="default: 224, 32 of CIFAR nets, 800 x 1344 of detectors",
+    )
     args = parser.parse_args(argv)
     try:
-        show("network", "classes", "parameters", "MACs", "image", "published top-1 / top-5, %", "taps")
+        show("network", "classes", "parameters", "MACs", "image", "published, %", "taps")
         for name in args.names or registry.entries("models"):
             show(*row(name, args.num_classes, args.image_size and tuple(args.image_size)))
     except ValueError as error:
@@ -51,12 +60,13 @@ def row(name: str, num_classes: int | None, image_size: tuple[int, int] | None) 
     """The cells of one network."""
     public = [entry for entry in PUBLIC.values() if entry.model == name]
     factory = registry.get("models", name)
-    image_size = image_size or factory.family.IMAGE_SIZE
-    num_classes = num_classes or (public[0].num_classes if public else 1000 if image_size[0] == 224 else 100)
+    designed_for = factory.family.IMAGE_SIZE
+    image_size = image_size or designed_for
+    num_classes = num_classes or (public[0].num_classes if public else {224: 1000, 800: 81}.get(designed_for[0], 100))
     takes_size = "image_size" in inspect.signature(factory).parameters
     settings = {"image_size": image_size} if takes_size else {}
     model = nnx.eval_shape(lambda: factory(num_classes, rngs=nnx.Rngs(0), **settings))
-    accuracies = [f"{e.top1:.2f}" + (f" / {e.top5:.2f}" if e.top5 else "") for e in public]
+    accuracies = [entry.accuracy for entry in public if entry.num_classes]
     return (
         name,
         str(num_classes),

@@ -1,7 +1,7 @@
-"""What the classification networks share: parts that end in taps, a head, registry entries, keys of other code bases.
+"""What the networks share: registry entries and keys of other code bases; the classifiers also parts that end in taps.
 
-A family is one file with a class derived from `Staged`. It builds its layers, publishes `info`, and says what each part
-and the head compute; running the whole network, or its rest from a tap on, is the same for all of them.
+A family of classifiers is one file with a class derived from `Staged`. It builds its layers, publishes `info`, and says
+what each part and the head compute; running the whole network, or its rest from a tap on, is the same for all of them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,29 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from wkd_jax import registry
 from wkd_jax.types import Array, ModelInfo, Outputs
+
+
+class Step(NamedTuple):
+    """What a code base does with an array, in PyTorch's layout, before it stores it.
+
+    Attributes:
+      shape: Shape in PyTorch's layout -> shape as stored.
+      store: Array in PyTorch's layout -> array as stored.
+      load: The way back, up to the shape where `store` only changes that.
+      note: What whoever loads should know of it.
+    """
+
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+    store: Callable[[np.ndarray], np.ndarray]
+    load: Callable[[np.ndarray], np.ndarray]
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,21 +44,64 @@ class KeyStyle:
     Attributes:
       renames: ((regular expression, replacement), ...) for `re.sub`, in order.
       columns: Regular expression of the canonical keys of vectors [D] that this style stores as [D, 1, 1]; "" for none.
+      steps: ((regular expression of canonical keys, what is done with those arrays), ...), in order.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     columns: str = ""
+    steps: tuple[tuple[str, Step], ...] = ()
 
 
-class Staged(nnx.Module):
+class Network(nnx.Module):
+    """What the listing of networks and `wkd_jax.weights` ask of every network.
+
+    Attributes:
+      IMAGE_SIZE: (height, width) of the images that the family was designed for, pixels.
+      KEY_STYLES: Names of the arrays in other code bases, by code base; the first is what weights are exported in.
+      trunk_of: Registered name of the network whose beginning this one has under "trunk/"; "" if it has none.
+      norm_eps: Added to the variances where normalisation is fixed; None where it is not.
+    """
+
+    IMAGE_SIZE: ClassVar[tuple[int, int]] = (224, 224)
+    KEY_STYLES: ClassVar[Mapping[str, KeyStyle]] = {"torchvision": KeyStyle()}
+    trunk_of: str = ""
+    norm_eps: float | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        """Taps and sizes."""
+        raise NotImplementedError
+
+    @property
+    def by_class(self) -> tuple[str, ...]:
+        """Names of the arrays with entries for each class, the classifier's kernel and bias first."""
+        kernel = self.info.classifier
+        return kernel, kernel.removesuffix("kernel") + "bias"
+
+    def buffers(self, style: str) -> dict[str, np.ndarray]:
+        """What PyTorch's state dict of a style holds besides weights and insists on: tables that never change."""
+        del style
+        return {}
+
+    def remarks(self, style: str, trunk: str, described: Mapping[str, Any]) -> list[str]:
+        """In what the network of a file differs from this one though all arrays fit, a sentence each.
+
+        Args:
+          style: Whose keys the file has.
+          trunk: Where it holds a trunk alone: the registered name of the network whose trunk it is; else "".
+          described: What it says of its network, {"name": ..., settings}; empty if nothing.
+        """
+        del style, trunk, described
+        return []
+
+
+class Staged(Network):
     """A network of parts, one after the other, each ending in the tap of its name, then a head.
 
     A family defines `info`, whose taps name the parts in order, `_part` and `_head`. `pooled` and `logits` are float32;
     taps have the compute dtype.
 
     Attributes:
-      IMAGE_SIZE: (height, width) of the images that the family was designed for, pixels.
-      KEY_STYLES: Names of the arrays in other code bases, by code base; the first is what weights are exported in.
       remat: Whether training keeps the parts' results alone and computes what is inside them again for the gradient:
         less memory, a second forward pass.
 
@@ -52,24 +111,11 @@ class Staged(nnx.Module):
       dtype: Compute dtype; parameters and statistics stay float32.
     """
 
-    IMAGE_SIZE: ClassVar[tuple[int, int]] = (224, 224)
-    KEY_STYLES: ClassVar[Mapping[str, KeyStyle]] = {"torchvision": KeyStyle()}
-
     def __init__(self, name: str, num_classes: int, dtype: Any) -> None:
         self.name = name
         self.num_classes = num_classes
         self.dtype = dtype
         self.remat = False
-
-    @property
-    def info(self) -> ModelInfo:
-        """Taps and sizes."""
-        raise NotImplementedError
-
-    def buffers(self, style: str) -> dict[str, np.ndarray]:
-        """What PyTorch's state dict of a style holds besides weights and insists on: tables that never change."""
-        del style
-        return {}
 
     def _part(self, name: str, x: Array, *, train: bool, rngs: nnx.Rngs | None) -> Array | tuple[Array, Array]:
         """The part that ends in the tap `name`, from the tap before it (or the image).
@@ -139,15 +185,15 @@ def _runner(part: str, train: bool) -> Callable[[Staged, Array, nnx.Rngs | None]
     return run
 
 
-def factories(family: type[Staged], names: Iterable[str]) -> dict[str, Callable[..., Staged]]:
+def factories(family: type[Network], names: Iterable[str]) -> dict[str, Callable[..., Network]]:
     """Registry entries of a family: a function for each name, called as factory(num_classes, *, rngs, ...).
 
     Configs are checked against the signatures of factories, and that of an NNX class is (*args, **kwargs); these have
     the one of its `__init__`, less the name. Their attribute `family` is the class.
     """
 
-    def factory(name: str) -> Callable[..., Staged]:
-        def build(*args: Any, **kwargs: Any) -> Staged:
+    def factory(name: str) -> Callable[..., Network]:
+        def build(*args: Any, **kwargs: Any) -> Network:
             return family(name, *args, **kwargs)
 
         signature = inspect.signature(family.__init__)

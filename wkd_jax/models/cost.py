@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from wkd_jax.models import functional
-from wkd_jax.models.base import Staged
+from wkd_jax.models.base import Network
 
 
-def parameters(model: Staged) -> int:
+def parameters(model: Network) -> int:
     """Trained parameters. The network may be abstract."""
     return sum(math.prod(array.shape) for array in functional.split(model)[1].values())
 
 
-def macs(model: Staged, image_size: tuple[int, int]) -> int:
+def macs(model: Network, image_size: tuple[int, int]) -> int:
     """Multiply-adds of convolutions and matrix products, attention's included, for one image in evaluation.
+
+    Products within loops are left out: those are a detector's RoIAlign, which nobody counts.
 
     Args:
       model: The network, abstract or not.
@@ -41,9 +43,11 @@ def macs(model: Staged, image_size: tuple[int, int]) -> int:
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of inner programs included."""
+    """All equations, those of inner programs included, but of loops."""
     for equation in jaxpr.eqns:
         yield equation
+        if equation.primitive.name in ("scan", "while"):
+            continue
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):

@@ -348,7 +348,7 @@ def _initial(config: Mapping[str, Any], data: DataSet, student: nnx.Module) -> t
     if not config["init"]["weights"]:
         return {}, []
     file = weights.open_file(config["init"]["weights"])
-    arrays, notes = file.arrays(student, reset_head=config["init"]["reset_head"])
+    arrays, notes = file.arrays(student, reset_head=config["init"]["reset_head"], whole=False)
     if file.normalisation not in (None, Normalisation(data.mean, data.std)):
         notes.append(f"fed like the data set, and its weights were made with {file.normalisation}")
     return arrays, notes

@@ -87,10 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(args: argparse.Namespace) -> list[str]:
     del args
-    rows = [("name", "network", "data set", "top-1", "top-5", "url")]
-    for name, entry in public.PUBLIC.items():
-        top5 = "-" if entry.top5 is None else f"{entry.top5:.2f}"
-        rows.append((name, entry.model, entry.data, f"{entry.top1:.2f}", top5, entry.url))
+    rows = [("name", "network", "data set", "top-1 / top-5 or box AP", "url")]
+    rows += [(name, entry.model, entry.data, entry.accuracy, entry.url) for name, entry in public.PUBLIC.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -107,7 +105,7 @@ def _import(args: argparse.Namespace) -> list[str]:
     known = file.model if name == file.model.get("name") else {"name": name}
     model = config_lib.model_section({**known, **dict(_setting(text) for text in args.set)}, "model")
     classes = args.num_classes or file.num_classes(model)
-    arrays, notes = file.arrays(match.abstract(model, classes))
+    arrays, notes = file.arrays(match.abstract(model, classes or 2), whole=False)
     normalisation = given or file.normalisation
     if normalisation is None:
         notes.append(
@@ -116,7 +114,8 @@ def _import(args: argparse.Namespace) -> list[str]:
         )
     path = weights.write(args.out, arrays, model, normalisation, source=args.source, sha256=file.sha256)
     count = sum(array.size for array in arrays.values())
-    return [*notes, f"{name}, {classes} classes, {count:,} numbers in {len(arrays)} arrays: {path}"]
+    of = f"{classes} classes" if classes else "its trunk alone"
+    return [*notes, f"{name}, {of}, {count:,} numbers in {len(arrays)} arrays: {path}"]
 
 
 def _export(args: argparse.Namespace) -> list[str]:
@@ -125,9 +124,9 @@ def _export(args: argparse.Namespace) -> list[str]:
             raise ValueError(f"--{flag} {value}: has a meaning with --to {target} alone")
     _refuse_existing(args.out / weights.NATIVE_FILE if args.to == "flax" else args.out)
     source = _exportable(args.source, args.which)
-    model = match.abstract(source.model, source.num_classes)
+    model, lines = match.abstract(source.model, source.num_classes), []
     if args.to == "torch":
-        export.to_torch(args.out, model, source.arrays, style=args.style)
+        lines = export.to_torch(args.out, model, source.arrays, style=args.style, normalisation=source.normalisation)
     elif args.to == "flax":
         weights.write(args.out, source.arrays, source.model, source.normalisation, source=str(args.source))
     elif args.to == "orbax":
@@ -139,7 +138,7 @@ def _export(args: argparse.Namespace) -> list[str]:
         if source.normalisation is None:
             raise ValueError(f"{args.source}: does not say how it wants its images: import with --normalisation")
         export.to_serving(args.out, model, source.arrays, source.normalisation, tuple(size))
-    return [f"{model.info.name}, {source.num_classes} classes: {args.out}"]
+    return [*lines, f"{model.info.name}, {source.num_classes} classes: {args.out}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +163,8 @@ def _exportable(source: pathlib.Path, which: Literal["latest", "best"] | None) -
     file = weights.open_file(source)
     model = config_lib.model_section(file.model, str(source))
     classes = file.num_classes(model)
+    if classes is None:
+        raise ValueError(f"{source}: holds the trunk of {model['name']} alone, which is no network to export")
     arrays, _ = file.arrays(match.abstract(model, classes))
     return _Exportable(model, classes, None, file.normalisation, arrays)
 

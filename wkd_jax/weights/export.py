@@ -5,6 +5,7 @@ All take a network (abstract or not) and its arrays by our names.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,17 +19,22 @@ from orbax.checkpoint import v1 as ocp
 
 from wkd_jax import registry
 from wkd_jax.models import functional
-from wkd_jax.models.base import Staged
+from wkd_jax.models.base import Network
 from wkd_jax.types import Array, Normalisation
 from wkd_jax.weights import keys
-from wkd_jax.weights.load import IMAGE_SIZE, replacing, write_file
+from wkd_jax.weights.load import IMAGE_SIZE, NORMALISATION, replacing, write_file
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def to_torch(
-    path: str | os.PathLike[str], model: Staged, arrays: Mapping[str, Any], *, style: str | None = None
-) -> None:
+    path: str | os.PathLike[str],
+    model: Network,
+    arrays: Mapping[str, Any],
+    *,
+    style: str | None = None,
+    normalisation: Normalisation | None = None,
+) -> list[str]:
     """Writes a safetensors file that the same network in PyTorch loads with `load_state_dict(..., strict=True)`.
 
     Reading it back gives the same bits. BatchNorm's counters of batches are not written: PyTorch starts them at 0.
@@ -38,6 +44,10 @@ def to_torch(
       model: The network.
       arrays: Its arrays.
       style: Whose keys, one of the network's `KEY_STYLES`; None: the first.
+      normalisation: How the network wants its images, for those who read the file's metadata; None: not said.
+
+    Returns:
+      What the network in PyTorch must be told beside the arrays, a sentence each.
 
     Raises:
       ValueError: If the network has no such style.
@@ -47,13 +57,35 @@ def to_torch(
     if style not in styles:
         raise ValueError(registry.unknown(f"key style of {model.info.name}", style, styles))
     entries = keys.layout({name: tuple(array.shape) for name, array in arrays.items()}, styles[style])
-    tensors = {entry.key: keys.to_torch(name, np.asarray(arrays[name]), entry.shape) for name, entry in entries.items()}
-    size = model.info.image_size
-    metadata = {"format": "pt", **({IMAGE_SIZE: json.dumps(size)} if size else {})}  # "pt": loaders look for it
+    tensors = {
+        entry.key: keys.to_torch(name, np.asarray(arrays[name]), entry.shape, entry.steps)
+        for name, entry in entries.items()
+    }
+    metadata = {"format": "pt"}  # loaders look for it
+    if size := model.info.image_size:
+        metadata[IMAGE_SIZE] = json.dumps(size)
+    if normalisation:
+        metadata[NORMALISATION] = json.dumps(dataclasses.asdict(normalisation))
     write_file(path, {**tensors, **model.buffers(style)}, metadata)
+    return _to_tell(model, style, normalisation)
 
 
-def to_orbax(path: str | os.PathLike[str], model: Staged, arrays: Mapping[str, Any]) -> None:
+def _to_tell(model: Network, style: str, normalisation: Normalisation | None) -> list[str]:
+    """Of a detector: the eps of its normalisation, and how detectron2 is to feed it."""
+    lines = []
+    if model.norm_eps not in (None, 1e-5):
+        lines.append(f"its normalisation layers have eps={model.norm_eps}")
+    if style.startswith("detectron2") and normalisation:
+        order = "RGB" if style == "detectron2_rgb" else "BGR"
+        turn = 1 if order == "RGB" else -1
+        mean, std = (
+            [round(255 * value, 6) for value in row[::turn]] for row in (normalisation.mean, normalisation.std)
+        )
+        lines.append(f"detectron2: INPUT.FORMAT {order!r}, MODEL.PIXEL_MEAN {mean}, MODEL.PIXEL_STD {std}")
+    return [*lines, *model.remarks(style, "", {})]
+
+
+def to_orbax(path: str | os.PathLike[str], model: Network, arrays: Mapping[str, Any]) -> None:
     """Writes an Orbax checkpoint of nested dicts, {"params": ..., "batch_stats": ...}, as Flax users keep them.
 
     Read it with `orbax.checkpoint.v1.load(path)`.
@@ -81,7 +113,7 @@ def to_orbax(path: str | os.PathLike[str], model: Staged, arrays: Mapping[str, A
 
 def to_serving(
     path: str | os.PathLike[str],
-    model: Staged,
+    model: Network,
     arrays: Mapping[str, Any],
     normalisation: Normalisation,
     image_size: tuple[int, int],
@@ -97,7 +129,15 @@ def to_serving(
       arrays: Its arrays.
       normalisation: Of its images.
       image_size: (height, width).
+
+    Raises:
+      ValueError: If the network is a detector: what it finds is more than logits.
     """
+    if model.info.task != "classification":
+        raise ValueError(
+            f"{model.info.name}: the function that serves gives logits, and a {model.info.task} network "
+            "has more to say: write --to torch, flax or orbax"
+        )
     structure = functional.split(model)[0]
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     mean, std = (jnp.asarray(value, jnp.float32) for value in (normalisation.mean, normalisation.std))

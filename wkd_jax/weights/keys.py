@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from wkd_jax.models.base import KeyStyle
+from wkd_jax.models.base import KeyStyle, Step
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 # Transpositions of kernels by their number of axes: [out, in] <-> [in, out], [out, in, kh, kw] <-> [kh, kw, in, out].
@@ -28,10 +28,12 @@ class Entry:
     Attributes:
       key: Its key there.
       shape: Its shape there.
+      steps: What is done with it there, see `KeyStyle`.
     """
 
     key: str
     shape: tuple[int, ...]
+    steps: tuple[Step, ...] = dataclasses.field(default=(), repr=False)
 
 
 def canonical(name: str) -> str:
@@ -66,30 +68,43 @@ def layout(shapes: Mapping[str, tuple[int, ...]], style: KeyStyle) -> dict[str, 
         if style.columns and re.search(style.columns, key):
             shape = (*shape, 1, 1)
         elif name.endswith("/kernel"):
-            shape = tuple(shape[axis] for axis in _TO_TORCH[len(shape)])
+            shape = _torch_shape(shape)
+        steps = tuple(step for pattern, step in style.steps if re.search(pattern, key))
+        for step in steps:
+            shape = step.shape(shape)
         for pattern, replacement in style.renames:
             key = re.sub(pattern, replacement, key)
         if key in owner:
             raise ValueError(f"{name} and {owner[key]} would both be called {key!r}")
-        entries[name], owner[key] = Entry(key, shape), name
+        entries[name], owner[key] = Entry(key, shape, steps), name
     return entries
 
 
-def from_torch(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def from_torch(name: str, array: np.ndarray, shape: tuple[int, ...], steps: Sequence[Step] = ()) -> np.ndarray:
     """An array of a state dict in our layout, float32.
 
     Args:
       name: Our name of it.
       array: As stored, of the shape that `layout` gives.
       shape: Ours.
+      steps: As `layout` gives them.
     """
+    for step in reversed(steps):
+        array = step.load(array)
     if name.endswith("/kernel"):
-        array = array.transpose(_FROM_TORCH[array.ndim])
+        array = array.reshape(_torch_shape(shape)).transpose(_FROM_TORCH[len(shape)])
     return np.ascontiguousarray(array.reshape(shape), np.float32)
 
 
-def to_torch(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def to_torch(name: str, array: np.ndarray, shape: tuple[int, ...], steps: Sequence[Step] = ()) -> np.ndarray:
     """The inverse of `from_torch`: one of our arrays as a state dict holds it, in the shape that `layout` gives."""
     if name.endswith("/kernel"):
         array = array.transpose(_TO_TORCH[array.ndim])
+    for step in steps:
+        array = step.store(array)
     return np.ascontiguousarray(array.reshape(shape))
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel's shape in PyTorch's layout."""
+    return tuple(shape[axis] for axis in _TO_TORCH[len(shape)])

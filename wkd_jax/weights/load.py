@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 
 from wkd_jax import registry
 from wkd_jax.models import functional
-from wkd_jax.models.base import Staged
+from wkd_jax.models.base import Network
 from wkd_jax.types import Normalisation, Params
-from wkd_jax.weights import match, state
+from wkd_jax.weights import detectron, match, select, state
 from wkd_jax.weights.download import fetch
 from wkd_jax.weights.errors import WeightsError
 from wkd_jax.weights.public import PUBLIC, by_hash
@@ -29,7 +29,7 @@ from wkd_jax.weights.state import State
 NATIVE_FILE = "weights.safetensors"  # in the directory that an import makes
 SUFFIXES = (".pth", ".pt", ".pkl", ".npz", ".safetensors")
 _RECORD = "wkd_jax"  # key, in the metadata of such a file, of what it says about itself
-IMAGE_SIZE = "image_size"  # key of the metadata of an export for PyTorch
+IMAGE_SIZE, NORMALISATION = "image_size", "normalisation"  # keys of the metadata of an export for PyTorch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class WeightsFile:
       model: Section of a config, {"name": ..., settings}, of the network that it says it is of; empty if it does not.
       normalisation: How that network wants its images; None if the file does not say.
       image_size: (height, width) of the images that it is built for; None if any, or if the file does not say.
+      style: Whose keys, where the source says so; "": to be found out.
     """
 
     source: str
@@ -51,46 +52,69 @@ class WeightsFile:
     model: Mapping[str, Any]
     normalisation: Normalisation | None
     image_size: tuple[int, int] | None
+    style: str = ""
 
-    def arrays(self, model: Staged, *, reset_head: bool = False) -> tuple[Params, list[str]]:
+    def arrays(self, model: Network, *, reset_head: bool = False, whole: bool = True) -> tuple[Params, list[str]]:
         """The arrays of `model`, which may be abstract (`nnx.eval_shape`).
 
         Args:
           model: The network.
           reset_head: Leave the classifier out, whatever its class count in the file.
+          whole: Whether a file of the trunk alone is refused, where the network has one.
 
         Returns:
-          (arrays, notes): float32 NumPy by our names, without the classifier's if it was left out; sentences about
-          everything that was not a plain copy.
+          (arrays, notes): float32 NumPy by our names, without the classifier's if it was left out, of the trunk alone
+          if the file has no more; sentences about everything that was not a plain copy.
 
         Raises:
           WeightsError: If the file is not of this network; lists what is missing, left over and of another shape, and
             names the network that it looks like.
         """
-        fit = match.best(self.state.arrays, model, native=_RECORD in self.state.metadata)
+        fit = self._fit(model)
         arrays, notes = match.convert(fit, model, self.source, reset_head=reset_head, grid=self._grid(model))
-        return arrays, [*self.state.notes, f"keys of {fit.style}", *notes]
+        if fit.trunk and whole:
+            raise WeightsError(
+                f"{self.source}: holds the trunk of {model.info.name} alone. It serves as init.weights of a network to "
+                "be trained"
+            )
+        eps = self.model.get("norm_eps")
+        if None not in (eps, model.norm_eps) and eps != model.norm_eps:
+            raise WeightsError(
+                f"{self.source}: was made with norm_eps={eps}, and {model.info.name} is built with "
+                f"norm_eps={model.norm_eps}, which changes what it computes: set norm_eps={eps} in the section of the "
+                "network"
+            )
+        remarks = model.remarks(fit.style, fit.trunk, self.model)
+        return arrays, [*self.state.notes, f"keys of {fit.style}", *notes, *remarks]
 
-    def _grid(self, model: Staged) -> tuple[int, int] | None:
+    def _fit(self, model: Network) -> match.Fit:
+        native = _RECORD in self.state.metadata
+        if native and self.style:
+            raise WeightsError(f"{self.source}: has the names of this package: leave style={self.style} out")
+        return match.best(self.state.arrays, model, native=native, style=self.style)
+
+    def _grid(self, model: Network) -> tuple[int, int] | None:
         """The grid of patches that the file's position embeddings are for, if it says so."""
         if not self.image_size:
             return None
         stride = model.info.taps[model.info.last_tap].stride
         return self.image_size[0] // stride, self.image_size[1] // stride
 
-    def num_classes(self, model: Mapping[str, Any]) -> int:
-        """Rows of the classifier that the file has.
+    def num_classes(self, model: Mapping[str, Any]) -> int | None:
+        """Rows of the classifier that the file has, of a detector's the background's too; None for a trunk alone.
 
         Args:
           model: Section of a config, {"name": ..., settings}, of the network that it is of.
 
         Raises:
-          WeightsError: If it is not of this network, or has no classifier.
+          WeightsError: If it is not of this network, or a classifier without its last layer.
         """
         module = match.abstract(model, 1000)
-        fit = match.best(self.state.arrays, module, native=_RECORD in self.state.metadata)
+        fit = self._fit(module)
         match.check(fit, module, self.source, without_head=True, grid=self._grid(module))
-        bias = fit.arrays.get(fit.entries[match.head(module.info)[1]].key)
+        if fit.trunk:
+            return None
+        bias = fit.arrays.get(fit.entries[module.by_class[1]].key)
         if bias is None or bias.ndim != 1:
             raise WeightsError(
                 f"{self.source}: has no classifier of {model['name']} to count classes by. Such a file serves as "
@@ -104,31 +128,36 @@ def open_file(source: str | os.PathLike[str]) -> WeightsFile:
 
     Args:
       source: A name in `wkd_jax.weights.public.PUBLIC`, an https, http or gs URL (downloaded once and kept), a path, or
-        a directory that `write` made.
+        a directory that `write` made; `wkd_jax.weights.select` says what may follow it behind #.
 
     Raises:
       WeightsError: If the file cannot be read; see `wkd_jax.weights.state.read`.
       OSError: If it is not there, or cannot be downloaded.
     """
     source = str(source)
-    public = PUBLIC.get(source) or next((entry for entry in PUBLIC.values() if entry.url == source), None)
-    url = public.url if public else source
+    address, selection = select.split(source)
+    public = PUBLIC.get(address) or next((entry for entry in PUBLIC.values() if entry.url == address), None)
+    url = public.url if public else address
     path = fetch(url) if "://" in url else pathlib.Path(url).expanduser()
     if path.is_dir():
         path /= NATIVE_FILE
     if not path.is_file():
-        raise FileNotFoundError(_not_found(source, path))
+        raise FileNotFoundError(_not_found(address, path))
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    found = state.read(path)
+    found = selection.apply(state.read(path), source)
+    style = selection.style
     if public := public or by_hash(sha256):
-        return WeightsFile(source, sha256, found, {"name": public.model}, public.normalisation, None)
+        described = {"name": public.model, **public.settings}
+        return WeightsFile(source, sha256, found, described, public.normalisation, None, style)
     try:
-        return WeightsFile(source, sha256, found, *_described(found.metadata))
+        model, normalisation, size = _described(found.metadata)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightsError(
             f"{source}: what its metadata say of it cannot be read ({type(error).__name__}: {error}): import it again"
         ) from error
+    normalisation = normalisation or detectron.normalisation(found.arrays, found.buffers, style)
+    return WeightsFile(source, sha256, found, model, normalisation, size, style)
 
 
 def _described(
@@ -136,20 +165,26 @@ def _described(
 ) -> tuple[dict[str, Any], Normalisation | None, tuple[int, int] | None]:
     """(model, normalisation, image size) that a file of ours tells of itself."""
     if _RECORD not in metadata:
-        size = metadata.get(IMAGE_SIZE)
-        return {}, None, _size(json.loads(size)) if size else None
+        size, how = (json.loads(metadata.get(key, "null")) for key in (IMAGE_SIZE, NORMALISATION))
+        return {}, _normalisation(how), _size(size)
     record = json.loads(metadata[_RECORD])
     model = {str(key): tuple(v) if isinstance(v, list) else v for key, v in record["model"].items()}
-    how = record["normalisation"]
-    normalisation = how and Normalisation(tuple(map(float, how["mean"])), tuple(map(float, how["std"])))
-    return {"name": str(model.pop("name")), **model}, normalisation, _size(model.get(IMAGE_SIZE))
+    return (
+        {"name": str(model.pop("name")), **model},
+        _normalisation(record["normalisation"]),
+        _size(model.get(IMAGE_SIZE)),
+    )
+
+
+def _normalisation(how: Any) -> Normalisation | None:
+    return how and Normalisation(tuple(map(float, how["mean"])), tuple(map(float, how["std"])))
 
 
 def _size(value: Any) -> tuple[int, int] | None:
     return value and (int(value[0]), int(value[1]))
 
 
-def restore(model: Staged, source: str | os.PathLike[str], *, reset_head: bool = False) -> list[str]:
+def restore(model: Network, source: str | os.PathLike[str], *, reset_head: bool = False) -> list[str]:
     """Puts the weights of a file into a network.
 
     Args:
@@ -181,7 +216,7 @@ def restore(model: Staged, source: str | os.PathLike[str], *, reset_head: bool =
 
 def write(
     directory: str | os.PathLike[str],
-    arrays: Staged | Mapping[str, Any],
+    arrays: Network | Mapping[str, Any],
     model: Mapping[str, Any],
     normalisation: Normalisation | None,
     **origin: Any,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,28 +14,34 @@ from flax import nnx
 
 from wkd_jax import registry
 from wkd_jax.models import functional
-from wkd_jax.models.base import Staged
-from wkd_jax.types import ModelInfo, Params
+from wkd_jax.models.base import Network
+from wkd_jax.types import Params
 from wkd_jax.weights import keys, position
 from wkd_jax.weights.errors import WeightsError
 from wkd_jax.weights.keys import Entry
+from wkd_jax.weights.select import COCO_ROWS
 
 NATIVE = "wkd_jax"  # the style of files with our own names
+TRUNK = "trunk/"  # what a detector has in common with an image classifier
 # Put in front of all keys by wrappers of a network. A distiller's file has its other parts beside "student.".
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
 _STUDENT = "student."
 _MOST_WRAPPERS = 6
+_IN_DETECTORS = re.compile(r"^backbone\.(bottom_up|body)\.")  # what keys of a trunk begin with
 _SHOWN = 4  # names of each kind in an error message
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """One way to read a state dict as a network.
+    """One way to read a state dict as a network, or as the trunk of one.
 
     Attributes:
       style: Whose keys.
+      trunk: "" for the whole network; for its trunk alone, the registered name of the network whose trunk it is.
       stripped: Prefixes that were taken off all keys, in order.
       entries: Of the wanted arrays, by our name.
+      spare: Keys of the file for what an image classifier has beside the trunk.
+      implied: Statistics that the file leaves out, since its scales and shifts are the whole normalisation.
       missing: Keys that the network has and the file has not.
       left_over: Keys of the file that the network has not.
       wrong: (our name, key, shape found, shape wanted).
@@ -41,8 +49,11 @@ class Fit:
     """
 
     style: str
+    trunk: str
     stripped: tuple[str, ...]
     entries: dict[str, Entry]
+    spare: tuple[str, ...]
+    implied: Params
     missing: tuple[str, ...]
     left_over: tuple[str, ...]
     wrong: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...]], ...]
@@ -54,45 +65,52 @@ class Fit:
         return len(self.missing) + len(self.left_over) + len(self.wrong)
 
 
-def abstract(model: Mapping[str, Any], num_classes: int) -> Staged:
+def abstract(model: Mapping[str, Any], num_classes: int) -> Network:
     """The network of a config's section, {"name": ..., settings}, without values."""
     settings = {key: value for key, value in model.items() if key != "name"}
     return nnx.eval_shape(lambda: registry.get("models", model["name"])(num_classes, rngs=nnx.Rngs(0), **settings))
 
 
-def shapes_of(model: Staged) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: Network) -> dict[str, tuple[int, ...]]:
     """Shapes of a network's parameters and statistics, by name. The network may be abstract."""
     _, params, variables, _ = functional.split(model)
     return {name: tuple(array.shape) for name, array in {**params, **variables}.items()}
 
 
-def head(info: ModelInfo) -> tuple[str, str]:
-    """Our names of the classifier's kernel and bias."""
-    return info.classifier, info.classifier.removesuffix("kernel") + "bias"
-
-
-def best(arrays: Mapping[str, np.ndarray], model: Staged, *, native: bool = False) -> Fit:
+def best(
+    arrays: Mapping[str, np.ndarray], model: Network, *, native: bool = False, style: str = "", trunk: bool = True
+) -> Fit:
     """The way of reading a state dict that leaves the fewest arrays over, on either side.
 
     Args:
       arrays: By the file's keys.
       model: The network, abstract or not.
       native: Whether the keys are our own names.
+      style: Whose keys they are, where that is known; "": to be found out.
+      trunk: Whether a trunk alone counts, where the network has one.
+
+    Raises:
+      ValueError: If the network has no such style.
     """
     shapes = shapes_of(model)
-    if native:
-        styles = {NATIVE: {name: Entry(name, shape) for name, shape in shapes.items()}}
-        return _fit(NATIVE, styles[NATIVE], (), arrays, model.info)
-    styles = {name: keys.layout(shapes, style) for name, style in type(model).KEY_STYLES.items()}
-    fits = [
-        _fit(style, entries, stripped, variant, model.info)
-        for stripped, variant in _unwrapped(arrays)
-        for style, entries in styles.items()
-    ]
-    return min(fits, key=lambda fit: (fit.problems, len(fit.stripped)))
+    if style and style not in type(model).KEY_STYLES:
+        raise ValueError(registry.unknown(f"key style of {model.info.name}", style, type(model).KEY_STYLES))
+    variants = [((), arrays)] if native else [*_unwrapped(arrays)]
+
+    def found(readings: Iterable[_Reading]) -> list[Fit]:
+        readings = [reading for reading in readings if style in ("", reading.style)]
+        return [_fit(reading, *variant, model, shapes) for variant in variants for reading in readings]
+
+    def rank(fit: Fit) -> tuple[int, int]:
+        return fit.problems, len(fit.stripped)
+
+    fit = min(found(_whole(model, shapes, native)), key=rank)
+    if fit.problems and trunk and model.trunk_of:
+        fit = min([fit, *found(_trunks(model, shapes, native))], key=rank)
+    return fit
 
 
-def check(fit: Fit, model: Staged, source: str, *, without_head: bool, grid: position.Grid | None = None) -> list[str]:
+def check(fit: Fit, model: Network, source: str, *, without_head: bool, grid: position.Grid | None = None) -> list[str]:
     """Refuses a state dict that is not of a network.
 
     Args:
@@ -109,7 +127,7 @@ def check(fit: Fit, model: Staged, source: str, *, without_head: bool, grid: pos
       WeightsError: If anything is missing, left over or of another shape. One message: the first few of each, and the
         network that the file looks like.
     """
-    skipped = {fit.entries[name].key for name in head(model.info)} if without_head else set()
+    skipped = _keys_by_class(fit, model) if without_head else set()
     found = {name: tuple(fit.arrays[entry.key].shape) for name, entry in fit.entries.items() if entry.key in fit.arrays}
     wanted = {name: entry.shape for name, entry in fit.entries.items()}
     resized = [
@@ -125,7 +143,7 @@ def check(fit: Fit, model: Staged, source: str, *, without_head: bool, grid: pos
 
 
 def convert(
-    fit: Fit, model: Staged, source: str, *, reset_head: bool, grid: position.Grid | None = None
+    fit: Fit, model: Network, source: str, *, reset_head: bool, grid: position.Grid | None = None
 ) -> tuple[Params, list[str]]:
     """The network's arrays out of a state dict.
 
@@ -147,10 +165,13 @@ def convert(
     if fit.stripped:
         notes.append(f"took {', '.join(fit.stripped)} off the keys")
     resized = check(fit, model, source, without_head=reset_head, grid=grid)
-    skipped = {fit.entries[name].key for name in head(info)} if reset_head else set()
+    skipped = _keys_by_class(fit, model) if reset_head else set()
     result: dict[str, Any] = {}
     for name, entry in fit.entries.items():
         if entry.key in skipped:
+            continue
+        if name in fit.implied:
+            result[name] = fit.implied[name]
             continue
         array = fit.arrays[entry.key]
         if not (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
@@ -167,26 +188,85 @@ def convert(
         if fit.style == NATIVE:
             result[name] = np.ascontiguousarray(array, np.float32)
         else:
-            result[name] = keys.from_torch(name, array, shapes[name])
-    if reset_head:
+            result[name] = keys.from_torch(name, array, shapes[name], entry.steps)
+    notes += dict.fromkeys(step.note for name in result for step in fit.entries[name].steps if step.note)
+    if fit.implied:
+        notes.append("its normalisation is a scale and a shift: mean 0, variance 1 less the eps")
+    if fit.spare:
+        notes.append(f"left out {_some(list(fit.spare))}: not of the trunk")
+    if fit.trunk:
+        others = sorted({name.split("/")[0] for name in shapes} - {TRUNK.rstrip("/")})
+        of = f" of {fit.trunk}" if fit.trunk != info.name else ""
+        notes.append(f"holds a trunk{of} alone: {', '.join(others)} start anew")
+    elif reset_head:
         notes.append("the classifier starts anew")
     return result, notes
 
 
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """What a state dict may be taken for: keys and shapes of a style, see `Fit`; `spare` may be in it or not."""
+
+    style: str
+    entries: dict[str, Entry]
+    trunk: str = ""
+    spare: frozenset[str] = frozenset()
+
+
+def _whole(model: Network, shapes: Mapping[str, tuple[int, ...]], native: bool) -> Iterator[_Reading]:
+    """The whole network, in each of its styles."""
+    if native:
+        yield _Reading(NATIVE, {name: Entry(name, shape) for name, shape in shapes.items()})
+        return
+    for name, style in type(model).KEY_STYLES.items():
+        yield _Reading(name, keys.layout(shapes, style))
+
+
+def _trunks(model: Network, shapes: Mapping[str, tuple[int, ...]], native: bool) -> Iterator[_Reading]:
+    """The trunk alone: by the network's keys, whole and without what begins them all, and by an image classifier's."""
+    for reading in _whole(model, shapes, native):
+        entries = {name: entry for name, entry in reading.entries.items() if name.startswith(TRUNK)}
+        yield _Reading(reading.style, entries, model.info.name)
+        bare = {
+            name: dataclasses.replace(entry, key=_IN_DETECTORS.sub("", entry.key)) for name, entry in entries.items()
+        }
+        yield _Reading(reading.style, bare, model.info.name)
+    classifier = _classifier(model.trunk_of)
+    for reading in _whole(classifier, shapes_of(classifier), native):
+        entries = {TRUNK + name: entry for name, entry in reading.entries.items() if TRUNK + name in shapes}
+        spare = {entry.key for entry in reading.entries.values()} - {entry.key for entry in entries.values()}
+        yield _Reading(reading.style, entries, model.trunk_of, frozenset(spare))
+
+
+@functools.cache
+def _classifier(name: str) -> Network:
+    return abstract({"name": name}, 1000)
+
+
 def _fit(
-    style: str,
-    entries: dict[str, Entry],
+    reading: _Reading,
     stripped: tuple[str, ...],
     arrays: Mapping[str, np.ndarray],
-    info: ModelInfo,
+    model: Network,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Fit:
+    entries = reading.entries
     wanted = {entry.key: (name, entry.shape) for name, entry in entries.items()}
+    missing = [key for key in wanted if key not in arrays]
+    implied = _identity(entries, shapes, model.norm_eps)
+    if all(entries[name].key in missing for name in implied):
+        missing = [key for key in missing if wanted[key][0] not in implied]
+    else:
+        implied = {}
     return Fit(
-        style=style,
+        style=reading.style,
+        trunk=reading.trunk,
         stripped=stripped,
         entries=entries,
-        missing=tuple(key for key in wanted if key not in arrays),
-        left_over=tuple(key for key in arrays if key not in wanted),
+        spare=tuple(key for key in arrays if key in reading.spare),
+        implied=implied,
+        missing=tuple(missing),
+        left_over=tuple(key for key in arrays if key not in wanted and key not in reading.spare),
         wrong=tuple(
             (name, key, tuple(arrays[key].shape), shape)
             for key, (name, shape) in wanted.items()
@@ -194,6 +274,20 @@ def _fit(
         ),
         arrays=arrays,
     )
+
+
+def _identity(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], eps: float | None) -> Params:
+    """Statistics with which fixed normalisation is its scale and shift; none where it is not fixed."""
+    if eps is None:
+        return {}
+    values = {"mean": np.float32(0), "var": np.float32(1) - np.float32(eps)}
+    leaves = {name: name.rsplit("/", 1)[-1] for name in entries}
+    return {name: np.full(shapes[name], values[leaf]) for name, leaf in leaves.items() if leaf in values}
+
+
+def _keys_by_class(fit: Fit, model: Network) -> set[str]:
+    """Keys of the file for arrays with entries by class."""
+    return {fit.entries[name].key for name in model.by_class if name in fit.entries}
 
 
 def _unwrapped(
@@ -212,18 +306,20 @@ def _unwrapped(
 def _message(
     source: str,
     fit: Fit,
-    model: Staged,
+    model: Network,
     missing: list[str],
     wrong: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]],
 ) -> str:
-    info = model.info
-    if not missing and not fit.left_over and {name for name, *_ in wrong} <= {*head(info)}:
-        found = next(found for name, _, found, _ in wrong)
+    info, rows = model.info, {name: found for name, _, found, _ in wrong}
+    if not missing and not fit.left_over and {*rows} <= {*model.by_class} and {*rows} & {*model.by_class[:2]}:
+        found = next(rows[name] for name in model.by_class if name in rows)
         classes = found[-1] if fit.style == NATIVE else found[0]
+        of = " (the background is one)" if info.task == "detection" else ""
+        advice = f". {source}#coco80 are COCO's 80 of them and the background" if classes == COCO_ROWS and of else ""
         return (
-            f"{source}: its classifier has {classes} classes and {info.name} is wanted with {info.num_classes}. A "
+            f"{source}: its classifier has {classes} classes{of} and {info.name} is wanted with {info.num_classes}. A "
             "teacher needs weights for the classes of the data set; a network to be trained may start its classifier "
-            "anew (init.reset_head=True)"
+            f"anew (init.reset_head=True){advice}"
         )
     parts = []
     if missing:
@@ -233,7 +329,8 @@ def _message(
     if wrong:
         shapes = [f"{key} {found} instead of {wanted}" for _, key, found, wanted in wrong]
         parts.append(f"of another shape {len(wrong)}: {_some(shapes)}")
-    text = f"{source}: does not fit {info.name} (read in the keys of {fit.style}). {'; '.join(parts)}."
+    of = f", the trunk of {fit.trunk} alone" if fit.trunk else ""
+    text = f"{source}: does not fit {info.name} (read in the keys of {fit.style}{of}). {'; '.join(parts)}."
     if fit.problems < len(fit.entries) // 4:
         return f"{text} Most of it fits, so the file is of a changed {info.name} or not whole"
     near = likely(fit.arrays, like=info.name, native=fit.style == NATIVE)
@@ -251,7 +348,7 @@ def likely(arrays: Mapping[str, np.ndarray], *, like: str, native: bool = False)
     closeness = {name: difflib.SequenceMatcher(None, like, name).ratio() for name in registry.entries("models")}
     for name in sorted(closeness, key=closeness.get, reverse=True):
         model = abstract({"name": name}, 1000)
-        fit, free = best(arrays, model, native=native), {*head(model.info)}
+        fit, free = best(arrays, model, native=native, trunk=False), {*model.by_class}
         wrong = [row for row in fit.wrong if row[0] not in free and not row[0].endswith("pos_embed")]
         if not (fit.missing or fit.left_over or wrong):
             return name

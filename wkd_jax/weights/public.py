@@ -1,19 +1,22 @@
 """Trained weights that anybody can download: where they are, what they score, and how they want their images.
 
-Facts of the publishers (torchvision's weight metadata, timm's and RepDistiller's tables), none measured here. A file is
-downloaded when somebody asks for it by its name; nothing of it is part of this package.
+Facts of the publishers (torchvision's weight metadata, timm's, RepDistiller's and detectron2's tables), none measured
+here. A file is downloaded when somebody asks for it by its name; nothing of it is part of this package.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from wkd_jax.types import Normalisation
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 INCEPTION = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CIFAR100 = Normalisation((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+DETECTRON2 = Normalisation(IMAGENET.mean, (1 / 255,) * 3)  # 0 to 255 less a mean: (103.53, 116.28, 123.675) in B, G, R
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Evaluation:
 
     Attributes:
       resize: Shorter side after resizing, pixels; 0: images as they are.
-      crop: Side of the centre crop.
+      crop: Side of the centre crop; of detectors, which see whole images, the longest side after resizing.
       interpolation: Of the resizing; "" where there is none.
     """
 
@@ -39,21 +42,34 @@ class PublicWeights:
       model: Our registered name of the network.
       url: Where it is. A file name that ends in -<hex digits> carries the beginning of its SHA-256.
       data: Data set that it was trained on, and that the accuracies are of.
-      num_classes: Rows of its classifier.
-      top1: Percent, of the publisher.
-      top5: Percent; None where it was not published.
       normalisation: Of its images.
-      evaluation: How the accuracies were measured.
+      num_classes: Rows of its classifier, the background included; None for the trunk of a detector alone.
+      top1: Percent, of the publisher; None for detectors.
+      top5: Percent; None where it was not published.
+      box_ap: Of a detector, COCO's average precision of boxes over ten overlaps, percent.
+      evaluation: How the accuracies were measured; None where there are none.
+      settings: Of the network, where they are not the defaults.
     """
 
     model: str
     url: str
     data: str
-    num_classes: int
-    top1: float
-    top5: float | None
     normalisation: Normalisation
-    evaluation: Evaluation
+    num_classes: int | None = None
+    top1: float | None = None
+    top5: float | None = None
+    box_ap: float | None = None
+    evaluation: Evaluation | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> str:
+        """As tables show it: "73.31 / 91.42", "79.42", "42.0 AP", or "-" for a trunk alone."""
+        if self.box_ap is not None:
+            return f"{self.box_ap:.1f} AP"
+        if self.top1 is None:
+            return "-"
+        return f"{self.top1:.2f}" + (f" / {self.top5:.2f}" if self.top5 is not None else "")
 
 
 def _imagenet(
@@ -66,15 +82,27 @@ def _imagenet(
     normalisation: Normalisation = IMAGENET,
 ) -> PublicWeights:
     evaluation = Evaluation(resize, 224, interpolation)
-    return PublicWeights(model, url, "ImageNet", 1000, top1, top5, normalisation, evaluation)
+    return PublicWeights(model, url, "ImageNet", normalisation, 1000, top1, top5, evaluation=evaluation)
 
 
 def _cifar(model: str, top1: float) -> PublicWeights:
     url = f"http://shape2prog.csail.mit.edu/repo/{model}_vanilla/ckpt_epoch_240.pth"
-    return PublicWeights(model, url, "CIFAR-100", 100, top1, None, CIFAR100, Evaluation(0, 32, ""))
+    return PublicWeights(model, url, "CIFAR-100", CIFAR100, 100, top1, evaluation=Evaluation(0, 32, ""))
+
+
+def _coco(model: str, path: str, box_ap: float) -> PublicWeights:
+    url = f"{_FACEBOOK}/detectron2/COCO-Detection/{path}"
+    evaluation = Evaluation(800, 1333, "bilinear")
+    return PublicWeights(model, url, "COCO", DETECTRON2, 81, box_ap=box_ap, evaluation=evaluation)
+
+
+def _msra(model: str, name: str) -> PublicWeights:
+    url = f"{_FACEBOOK}/detectron2/ImageNetPretrained/MSRA/{name}.pkl"
+    return PublicWeights(model, url, "ImageNet", DETECTRON2)
 
 
 _TORCH = "https://download.pytorch.org/models"
+_FACEBOOK = "https://dl.fbaipublicfiles.com"
 _AUGREG = "gs://vit_models/augreg"
 _VIT, _DEIT, _SWIN = "vit_small_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 
@@ -110,7 +138,7 @@ PUBLIC = {
     ),
     "deit_tiny_patch16_224.fb_in1k": _imagenet(
         _DEIT,
-        "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
+        f"{_FACEBOOK}/deit/deit_tiny_patch16_224-a1311bcf.pth",
         72.190,
         91.100,
         resize=248,
@@ -129,7 +157,7 @@ PUBLIC = {
     ),
     "convnext_tiny.fb_in1k": _imagenet(
         "convnext_tiny",
-        "https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224_ema.pth",
+        f"{_FACEBOOK}/convnext/convnext_tiny_1k_224_ema.pth",
         82.066,
         95.854,
         interpolation="bicubic",
@@ -142,6 +170,27 @@ PUBLIC = {
     "vgg13.cifar100": _cifar("vgg13", 74.64),
     "resnet56.cifar100": _cifar("resnet56", 72.34),
     "resnet110.cifar100": _cifar("resnet110", 74.31),
+    "faster_rcnn_r101.d2_3x_coco": _coco(
+        "faster_rcnn_r101", "faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1.pkl", 42.0
+    ),
+    "faster_rcnn_r50.d2_3x_coco": _coco(
+        "faster_rcnn_r50", "faster_rcnn_R_50_FPN_3x/137849458/model_final_280758.pkl", 40.2
+    ),
+    "faster_rcnn_r50.d2_1x_coco": _coco(
+        "faster_rcnn_r50", "faster_rcnn_R_50_FPN_1x/137257794/model_final_b275ba.pkl", 37.9
+    ),
+    "faster_rcnn_r50.tv_coco": PublicWeights(
+        "faster_rcnn_r50",
+        f"{_TORCH}/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+        "COCO",
+        IMAGENET,
+        91,
+        box_ap=37.0,
+        evaluation=Evaluation(800, 1333, "bilinear"),
+        settings={"preset": "tv", "norm_eps": 0.0},
+    ),
+    "resnet50.msra_in1k": _msra("faster_rcnn_r50", "R-50"),
+    "resnet101.msra_in1k": _msra("faster_rcnn_r101", "R-101"),
 }
 
 

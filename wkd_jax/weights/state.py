@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import os
 import pathlib
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +16,15 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file
 
-from wkd_jax.weights import google, torch_file
+from wkd_jax.weights import detectron, google, torch_file
 from wkd_jax.weights.errors import WeightsError
 
 # Where training scripts put the state dict, the wanted one first: an average of weights before the last ones.
-ENTRIES = ("state_dict_ema", "state_dict", "model_ema", "model", "net")
+ENTRIES = ("state_dict_ema", "state_dict", "model_ema", "model", "net", "blobs")
 _SAFETENSORS = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}  # what NumPy has
-# What state dicts hold besides weights: counters, and tables that follow from the architecture.
-BUFFERS = ("num_batches_tracked", "relative_position_index", "attn_mask")
+# What state dicts hold besides weights: counters, and tables that follow from the architecture or the config.
+BUFFERS = ("num_batches_tracked", "relative_position_index", "attn_mask", "pixel_mean", "pixel_std")
+_NOT_WEIGHTS = re.compile(rf"(?:^|\.)({'|'.join(BUFFERS)}|anchor_generator\.cell_anchors)(?:\.\d+)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +32,16 @@ class State:
     """What a file holds.
 
     Attributes:
-      arrays: By the file's own keys, without `BUFFERS`.
+      arrays: By the file's own keys, without what is no weight.
       metadata: Of a safetensors file; empty for others.
-      notes: What a reader should know, a sentence each: which of several state dicts was read.
+      notes: What a reader should know, a sentence each: which of several state dicts was read, what was left out.
+      buffers: What is no weight, by the file's own keys.
     """
 
     arrays: dict[str, np.ndarray]
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    buffers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def read(path: str | os.PathLike[str]) -> State:
@@ -60,10 +65,18 @@ def read(path: str | os.PathLike[str]) -> State:
         raise
     except Exception as error:  # whatever parsers of other people raise on broken bytes
         raise WeightsError(f"{path}: is damaged ({type(error).__name__}: {error}): get it again") from error
-    kept = {key: value for key, value in found.arrays.items() if not key.endswith(BUFFERS)}
+    buffers = {key: value for key, value in found.arrays.items() if _NOT_WEIGHTS.search(key)}
+    kept = {key: value for key, value in found.arrays.items() if key not in buffers}
     if not kept:
         raise WeightsError(f"{path}: holds no weights: save a network's state_dict()")
-    return dataclasses.replace(found, arrays=kept)
+    left_out = collections.Counter(_NOT_WEIGHTS.search(key)[1] for key in buffers)  # type: ignore[index]
+    notes = [*found.notes]
+    if left_out:
+        notes.append("left out what is no weight: " + ", ".join(f"{name} ({n})" for name, n in left_out.items()))
+    if detectron.is_caffe2(kept):
+        kept, others = detectron.from_caffe2(kept)
+        notes.append(f"read Caffe2's names and left out {', '.join(others[:4])}{' and so on' * (len(others) > 4)}")
+    return dataclasses.replace(found, arrays=kept, notes=tuple(notes), buffers=buffers)
 
 
 def _state_dict(tree: Any, path: pathlib.Path) -> State:

@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from wkd_jax import registry
-from wkd_jax.models.base import KeyStyle, factories
-from wkd_jax.models.detection import proposals
+from wkd_jax.models.base import KeyStyle, Network, factories
+from wkd_jax.models.detection import key_styles, proposals
 from wkd_jax.models.detection.anchors import RATIOS, pyramid_anchors
 from wkd_jax.models.detection.boxes import clip_boxes, decode_boxes
 from wkd_jax.models.detection.heads import BoxHead, FeaturePyramid, ProposalHead
@@ -66,7 +66,7 @@ TRUNKS = {
 }
 
 
-class FasterRCNN(nnx.Module):
+class FasterRCNN(Network):
     """A detector of `TRUNKS` for canvases [B, H, W, 3] whose sides are multiples of 32; a `wkd_jax.types.Model`.
 
     In training it proposes regions, samples some of them with the ground truth among them, and classifies those:
@@ -106,7 +106,7 @@ class FasterRCNN(nnx.Module):
     """
 
     IMAGE_SIZE: ClassVar[tuple[int, int]] = (800, 1344)
-    KEY_STYLES: ClassVar[Mapping[str, KeyStyle]] = {}
+    KEY_STYLES: ClassVar[Mapping[str, KeyStyle]] = key_styles.KEY_STYLES
 
     def __init__(
         self,
@@ -138,6 +138,7 @@ class FasterRCNN(nnx.Module):
         if len(anchor_sizes) != len(LEVELS):
             raise ValueError(f"anchor_sizes={tuple(anchor_sizes)}: needs one for each of {', '.join(LEVELS)}")
         self.name, self.num_classes, self.dtype = name, num_classes, dtype
+        self.trunk_of, self.norm_eps = TRUNKS[name], norm_eps
         self.preset = PRESETS[preset]
         self.features, self.hidden, self.roi_tap = features, hidden, roi_tap
         self.anchor_sizes, self.pre_nms, self.post_nms = anchor_sizes, pre_nms, post_nms or self.preset.post_nms
@@ -170,6 +171,28 @@ class FasterRCNN(nnx.Module):
             classifier="box_head/cls_score/kernel",
             task="detection",
         )
+
+    @property
+    def by_class(self) -> tuple[str, ...]:
+        """See `Network`; box deltas are by class too."""
+        return *super().by_class, "box_head/bbox_pred/kernel", "box_head/bbox_pred/bias"
+
+    def remarks(self, style: str, trunk: str, described: Mapping[str, Any]) -> list[str]:
+        """See `Network`: another preset, or of a trunk alone, bottlenecks whose stride is elsewhere."""
+        by_style = "d2" if style == "detectron2" else "tv" if style.startswith("torchvision") else ""
+        # Image classifiers have their stride where torchvision's detectors have it.
+        preset = "tv" if trunk == self.trunk_of else described.get("preset", by_style)
+        if not preset or self.preset == PRESETS[preset]:
+            return []
+        if not trunk:
+            return [f"its network has preset={preset!r}, and this one another: they compute different things"]
+        if self.trunk.early_stride in (None, PRESETS[preset].early_stride):
+            return []
+        first, second = ("1 x 1", "3 x 3") if PRESETS[preset].early_stride else ("3 x 3", "1 x 1")
+        return [
+            f"its bottlenecks had their stride in the {first} convolution, and this network has it in the {second}: a "
+            f"start for training; with preset={preset!r} they compute what they were trained to"
+        ]
 
     def __call__(
         self,

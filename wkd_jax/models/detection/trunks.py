@@ -24,6 +24,9 @@ class ResNetTrunk(nnx.Module):
 
     BatchNorm is a fixed scale and shift: its statistics and parameters are carried along and never trained.
 
+    Attributes:
+      early_stride: Where its bottlenecks have their stride, see below; None if it has none.
+
     Args:
       name: Key of `resnet.SPECS`.
       early_stride: Whether a bottleneck's first 1 x 1 convolution has its stride, as in detectron2's networks; else the
@@ -40,7 +43,8 @@ class ResNetTrunk(nnx.Module):
         spec = resnet.SPECS[name]
         self.channels = tuple(spec.block.EXPANSION * width for width in resnet.WIDTHS)
         settings: dict[str, Any] = {"dtype": dtype, "norm_group_size": None, "rngs": rngs}
-        if spec.block is resnet.Bottleneck:
+        self.early_stride = early_stride if spec.block is resnet.Bottleneck else None
+        if self.early_stride is not None:
             settings["early_stride"] = early_stride
         first, *others = resnet.WIDTHS
         self.conv1 = Conv(
@@ -72,6 +76,7 @@ class MobileNetV2Trunk(nnx.Module):
     """
 
     LAST: ClassVar[tuple[int, ...]] = (3, 6, 13, 17)  # of `features`, in each part
+    early_stride: ClassVar[bool | None] = None  # see `ResNetTrunk`
     channels: ClassVar[tuple[int, ...]] = (24, 32, 96, 320)
 
     def __init__(self, *, freeze_at: int, norm_eps: float, dtype: Any, rngs: nnx.Rngs) -> None:
