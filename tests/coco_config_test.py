@@ -13,6 +13,7 @@ from wkd_jax.data.coco import coco
 from wkd_jax.models import functional
 from wkd_jax.training import build, sharding
 from wkd_jax.types import Normalisation
+from wkd_jax.weights import public
 
 CLASSES, BATCH = 4, 8
 NET = {
@@ -105,8 +106,8 @@ def test_eight_devices_equal_one(root, data, row):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=1e-5, err_msg=f"{number}: {name}")
     for name, value in start.items():
         moved = [params[name] - value for params in (one, eight)]
-        scale = np.abs(moved[0]).max()
-        np.testing.assert_allclose(*moved, atol=5e-3 * scale + 1e-7, err_msg=name)
+        # By norm: in the second step rounding turns a ReLU here and there.
+        assert np.linalg.norm(moved[0] - moved[1]) <= 1e-2 * np.linalg.norm(moved[0]) + 1e-7, name
 
 
 def test_how_networks_are_fed(root):
@@ -126,6 +127,11 @@ def test_how_networks_are_fed(root):
     ):
         config = reduced(root, "kd", pair, quirk)
         assert (levels(config["data"]), levels(config["teacher"]["normalisation"])) == (student, fed)
+
+
+@pytest.mark.parametrize("pair", coco_wkd.PAIRS.values(), ids=coco_wkd.PAIRS)
+def test_weights_are_published(pair):
+    assert {pair["teacher"], pair["init"]} <= {*public.PUBLIC}
 
 
 def test_arguments():

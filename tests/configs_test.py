@@ -18,6 +18,7 @@ from flax import nnx
 
 from wkd_jax import config as config_lib
 from wkd_jax import main
+from wkd_jax.data.base import OneSize
 from wkd_jax.data.digits import digits
 from wkd_jax.methods import feature_distribution
 from wkd_jax.models import cifar_resnet, convnext, functional, resnet, vit, wide_resnet
@@ -711,16 +712,20 @@ def _params(run) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
+class Described(OneSize):
     """A data set of which only sizes are known."""
 
     name: str
     class_names: tuple[str, ...]
     num_examples: int
-    image_size: tuple[int, int]
+    side: int
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
     fingerprint: str = "described"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.side, self.side
 
     @property
     def labels(self) -> np.ndarray:
@@ -729,10 +734,9 @@ class Described:
 
 def described(section) -> Described:
     if section["name"] == "tfds":
-        return Described("cifar100", tuple(map(str, range(100))), 50_000, (32, 32))
-    size = (section["image_size"],) * 2
+        return Described("cifar100", tuple(map(str, range(100))), 50_000, 32)
     examples = {1000: 1_281_167, 100: 50_000}[section["num_classes"]]
-    return Described(section["name"], tuple(map(str, range(section["num_classes"]))), examples, size)
+    return Described(section["name"], tuple(map(str, range(section["num_classes"]))), examples, section["image_size"])
 
 
 def case(file: str, *, slow: bool = False, **arguments):

@@ -89,6 +89,9 @@ def test_a_run_and_what_it_leaves(whole):
     with np.load(directory / workdir.INTERRELATION) as file:
         assert file["similarity"].shape == (CLASSES, CLASSES) and file["class_names"][-1] == "background"
         assert np.all(file["similarity"] > 0) and np.allclose(np.diag(file["similarity"]), 1)
+    report = (directory / "report.html").read_text()
+    assert "<svg" in report and all(f">{name}" in report for name in ("AP50", "rectangle", "ellipse", "triangle"))
+    assert json.loads((directory / "pictures.json").read_text())
     detections = json.loads((directory / "teacher_detections.json").read_text())
     assert detections and {found["category_id"] for found in detections} <= {key for key, _ in drawn_coco.CATEGORIES}
 

@@ -1,5 +1,6 @@
 """The step's reduction, and the hard cases of the contract: lenses, memories, constants, learned temperatures."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -11,9 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import contract_test as contract
 from wkd_jax import losses, registry
+from wkd_jax.models import functional
 from wkd_jax.models.functional import Constant, Memory
-from wkd_jax.training.step import weigh
-from wkd_jax.types import Term
+from wkd_jax.training.step import Frozen, Learner, Program, weigh
+from wkd_jax.types import Batch, Outputs, Term
 
 
 def test_terms_are_averaged_over_what_counts():
@@ -47,6 +49,38 @@ def test_half_precision_terms_are_averaged_in_float32():
     total, _ = weigh({"m": {"t": Term(value)}}, jnp.ones(4096, bool))
     assert total.dtype == jnp.float32
     np.testing.assert_allclose(total, float(value[0]), rtol=1e-6)
+
+
+class Rows(nnx.Module):
+    """A student with two rows an image, as a detector has."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, image, *, train, rngs):
+        del train, rngs
+        return Outputs(self.scale[...] * image, valid=jnp.array([[True, True], [True, False]]))
+
+
+class RowTask:
+    """Its rows' logits are its loss."""
+
+    def __getattr__(self, name):  # normalise and distilled give back what they are given, inputs are none
+        return lambda first, *_, **__: {} if name.endswith("inputs") else first
+
+    def terms(self, context):
+        return {"row": Term(context.student.logits, 1.0, context.student.valid)}
+
+
+def test_rows_of_an_image_that_could_not_be_read_do_not_count():
+    structure, params, variables, _ = functional.split(Learner(Rows(), {}))
+    settings = {field.name: None for field in dataclasses.fields(Program)}
+    program = Program(**{**settings, "learner": structure, "task": RowTask()})
+    index = jnp.arange(2)
+    for valid, expected in (([True, True], (1 + 2 + 30) / 3), ([False, True], 30.0), ([True, False], 1.5)):
+        batch = Batch(jnp.array([[1.0, 2.0], [30.0, 400.0]]), index, index, jnp.array(valid))
+        total, _ = program.loss(params, variables, Frozen({}, {}, jnp.int32(0)), batch, None, jax.random.key(0))
+        np.testing.assert_allclose(total, expected)
 
 
 class Everything(nnx.Module):

@@ -58,9 +58,10 @@ class ProjectedPair(nnx.Module):
         pair = [out.taps[name] for out, name in zip((context.student, context.teacher), names, strict=True)]
         pair = [x[:, tap.prefix_tokens :] if x.ndim == 3 else x for x, tap in zip(pair, self.taps, strict=True)]
         student, teacher = (x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in pair)
-        if len(lead) == 2 and context.student.valid is not None:
-            # What empty slots hold must not enter the projector's batch statistics.
-            student = jnp.where(context.student.valid.reshape(-1, 1, 1, 1), student, 0)
+        if len(lead) == 2 and context.teacher.valid is not None:
+            # What empty slots hold must not enter the projector's batch statistics. (The student's `valid` also hides
+            # regions that are there.)
+            student = jnp.where(context.teacher.valid.reshape(-1, 1, 1, 1), student, 0)
         return self.projector(student, train=True), teacher
 
     def weight(self, context: Context) -> Array:

@@ -89,7 +89,8 @@ class Detection:
         offset = jnp.where(anchors.positive, offset, 0)
         if self.config["sampled_mean"]:
             of = {"rpn_objectness": binary, "rpn_box": offset}
-            terms = {name: Term(value, weight, anchors.valid) for name, value in of.items()}
+            where = anchors.valid & context.batch.valid[:, None]
+            terms = {name: Term(value, weight, where) for name, value in of.items()}
         else:
             slots = anchors.valid.shape[1]
             of = {"rpn_objectness": jnp.where(anchors.valid, binary, 0), "rpn_box": offset}

@@ -269,7 +269,9 @@ def train_step(made: Run | Plan) -> Any:
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, made.state)
     replicated = NamedSharding(made.mesh, PartitionSpec())
-    return jax.jit(made.program.train_step, donate_argnums=0, out_shardings=(shardings, replicated))
+    return jax.jit(
+        sharding.on(made.mesh, made.program.train_step), donate_argnums=0, out_shardings=(shardings, replicated)
+    )
 
 
 def _check_batch(config: Mapping[str, Any], data: DataSet, mesh: Mesh) -> None:

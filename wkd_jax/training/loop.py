@@ -139,7 +139,7 @@ def _train(
     program, clock = built.program, built.program.clock
     replicated = NamedSharding(built.mesh, PartitionSpec())
     train_step = build.train_step(built)
-    eval_step = jax.jit(program.eval_step, out_shardings=replicated)
+    eval_step = jax.jit(sharding.on(built.mesh, program.eval_step), out_shardings=replicated)
     inputs = data.training(
         global_batch_size=config["global_batch_size"] // config["accumulation"],
         seed=config["seed"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +47,17 @@ def make_mesh(config: Mapping[str, int], devices: Sequence[jax.Device] | None = 
             "loads the images of its own devices alone"
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced with the mesh in use: what a network does image by image stays on the image's device."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return run
 
 
 def check_batch(global_batch_size: int, accumulation: int, mesh: Mesh) -> None:

@@ -75,6 +75,8 @@ class Program:
         images, batch = batch, self.task.normalise(batch, self.student_input)
         inputs = self.task.student_inputs(batch, train=True)
         student = learner.student(batch.image, train=True, rngs=nnx.Rngs(named_key(key, "student")), **inputs)
+        if student.valid is not None:  # no row of an image that could not be read counts
+            student = dataclasses.replace(student, valid=student.valid & batch.valid[:, None])
         teacher_batch, teacher = self.run_teacher(frozen, images, student)
         context = Context(
             batch=batch,

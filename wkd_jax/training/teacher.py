@@ -165,7 +165,7 @@ class Teacher:
             valid = batch.valid if outputs.valid is None else batch.valid[:, None] & outputs.valid
             return features, batch.index, valid
 
-        step = jax.jit(forward, out_shardings=replicated)
+        step = jax.jit(sharding.on(mesh, forward), out_shardings=replicated)
 
         def read(rows: np.ndarray) -> Iterator[Batch]:
             batches = data.evaluation(

@@ -23,6 +23,7 @@ from wkd_jax.models.detection.anchors import RATIOS, pyramid_anchors
 from wkd_jax.models.detection.boxes import clip_boxes, decode_boxes
 from wkd_jax.models.detection.heads import BoxHead, FeaturePyramid, ProposalHead
 from wkd_jax.models.detection.nms import Detections, final_detections
+from wkd_jax.models.detection.parallel import over_images
 from wkd_jax.models.detection.roi_align import assign_levels, roi_align_einsum, roi_align_gather
 from wkd_jax.models.detection.trunks import STRIDES, MobileNetV2Trunk, ResNetTrunk
 from wkd_jax.types import Array, ModelInfo, Outputs, Tap
@@ -41,7 +42,7 @@ class Preset:
       anchors: Rounding of the anchors, their strides, and the level rule of regions: "d2" or "tv".
       early_stride: Whether bottlenecks have their stride in the first 1 x 1 convolution.
       post_nms: Proposals kept, in training and in inference.
-      min_side: Pixels that a proposal's sides must exceed (d2) or reach (tv), and those of a detection.
+      min_side: Pixels that the sides of a proposal, and of a detection, must reach; they must be above 0 in any case.
       aligned: Whether regions are shifted by half a position before pooling.
       sampling_ratio: Samples a bin and axis in pooling; 0: as many as it covers positions.
     """
@@ -92,7 +93,9 @@ class FasterRCNN(Network):
       anchor_samples: Sampled anchors an image.
       region_samples: Sampled regions an image.
       detections: Slots of detections an image.
-      ignore_padding: Leave anchors beyond the image (rounded up to 32) out of training.
+      candidates: Pairs (region, class) that enter the suppression of detections, the best ones; 0: all, which is exact
+        where `Detections.overflow` says that it may matter, and slower.
+      ignore_padding: Leave anchors beyond the image (rounded up to 32) out, of training and of the proposals.
       freeze_at: Parts of the trunk that are not trained, see `trunks`.
       norm_eps: Of the trunk's normalisation; torchvision's published weights need 0.
       pooling: Of regions that are sampled or given: "gather", two samples a bin and axis, or "einsum", the preset's
@@ -122,6 +125,7 @@ class FasterRCNN(Network):
         anchor_samples: int = 256,
         region_samples: int = 512,
         detections: int = 100,
+        candidates: int = 4096,
         ignore_padding: bool = True,
         freeze_at: int = 2,
         norm_eps: float = 1e-5,
@@ -143,7 +147,7 @@ class FasterRCNN(Network):
         self.features, self.hidden, self.roi_tap = features, hidden, roi_tap
         self.anchor_sizes, self.pre_nms, self.post_nms = anchor_sizes, pre_nms, post_nms or self.preset.post_nms
         self.anchor_samples, self.region_samples, self.detections = anchor_samples, region_samples, detections
-        self.ignore_padding, self.pooling = ignore_padding, pooling
+        self.candidates, self.ignore_padding, self.pooling = candidates, ignore_padding, pooling
         self.remat = False
         settings: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         trunk: dict[str, Any] = {"freeze_at": freeze_at, "norm_eps": norm_eps, **settings}
@@ -232,8 +236,9 @@ class FasterRCNN(Network):
             pre_nms=self.pre_nms[not train],
             post_nms=self.post_nms[not train],
             min_side=self.preset.min_side[0],
+            ignore_padding=self.ignore_padding,
         )
-        proposed = jax.vmap(lambda logits, deltas, size: propose(logits, deltas, size=size))(logits, deltas, size)
+        proposed = over_images(lambda logits, deltas, size: propose(logits, deltas, size=size))(logits, deltas, size)
         if not train:
             regions, region_valid = proposed
             outputs = self.forward_from(
@@ -255,8 +260,8 @@ class FasterRCNN(Network):
             settings = {"count": self.region_samples, "weights": ROI_WEIGHTS}
             return proposals.region_targets(*proposed, boxes, box_valid, priorities, **settings)
 
-        anchor_targets = jax.vmap(targets_of_anchors)(boxes, box_valid, size, of_anchors)
-        regions, targets = jax.vmap(targets_of_regions)(proposed, boxes, box_valid, of_regions)
+        anchor_targets = over_images(targets_of_anchors)(boxes, box_valid, size, of_anchors)
+        regions, targets = over_images(targets_of_regions)(proposed, boxes, box_valid, of_regions)
         outputs = self.forward_from("pyramid", levels, train=True, regions=regions, region_valid=targets.valid)
         background = self.num_classes - 1
         extra = {
@@ -281,10 +286,7 @@ class FasterRCNN(Network):
         if any(side % 32 for side in image.shape[1:3]):
             raise ValueError(f"{self.name}: the sides of a canvas must be multiples of 32, got {image.shape[1:3]}")
 
-        def run(network: FasterRCNN, image: Array) -> dict[str, Array]:
-            return network.fpn(network.trunk(image))
-
-        return (nnx.remat(run) if self.remat and train else run)(self, image.astype(self.dtype))
+        return self.fpn(self.trunk(image.astype(self.dtype), remat=self.remat and train))
 
     def pool(self, levels: Mapping[str, Array], regions: Array, side: int, *, exact: bool = False) -> Array:
         """Regions of a pyramid as maps of one size (RoIAlign; He et al., "Mask R-CNN", arXiv 1703.06870).
@@ -307,7 +309,7 @@ class FasterRCNN(Network):
                 return roi_align_gather(maps, regions, level, **settings)
             return roi_align_einsum(maps, regions, level, sampling_ratio=preset.sampling_ratio, **settings)
 
-        return jax.vmap(of_image)([levels[name] for name in POOLED], regions)
+        return over_images(of_image)([levels[name] for name in POOLED], regions)
 
     def forward_from(
         self,
@@ -351,16 +353,17 @@ class FasterRCNN(Network):
             decoded = decode_boxes(deltas, regions[:, None], weights=ROI_WEIGHTS)
             decoded = clip_boxes(decoded, size)
             sides = decoded[..., 2:] - decoded[..., :2]
-            valid = valid[:, None] & jnp.all(sides >= self.preset.min_side[1], axis=-1)
-            return final_detections(decoded, jax.nn.softmax(logits)[:, :-1], valid, count=self.detections)
+            valid = valid[:, None] & jnp.all((sides > 0) & (sides >= self.preset.min_side[1]), axis=-1)
+            settings = {"count": self.detections, "candidates": self.candidates or None}
+            return final_detections(decoded, jax.nn.softmax(logits)[:, :-1], valid, **settings)
 
         extra = outputs.extra
-        return jax.vmap(of_image)(extra["regions"], outputs.valid, outputs.logits, extra["deltas"], size)
+        return over_images(of_image)(extra["regions"], outputs.valid, outputs.logits, extra["deltas"], size)
 
 
 def _rows(x: Array, index: Array) -> Array:
     """x[b, index[b]] of every image b."""
-    return jax.vmap(lambda x, index: x[index])(x, index)
+    return over_images(lambda x, index: x[index])(x, index)
 
 
 REGISTER = factories(FasterRCNN, TRUNKS)

@@ -62,21 +62,21 @@ class ProposalHead(nnx.Module):
     Args:
       features: Channels of the levels.
       anchors: Of each position.
-      dtype: Compute dtype.
+      dtype: Compute dtype of the hidden layer; what follows it is float32, since in bfloat16 many anchors would tie.
       rngs: Source of the initial values: N(0, 0.01), biases 0.
     """
 
     def __init__(self, features: int, anchors: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
-        settings = {"kernel_init": jax.nn.initializers.normal(0.01), "bias_init": zeros, "dtype": dtype, "rngs": rngs}
-        self.conv = Conv(features, features, 3, padding=1, **settings)
+        settings = {"kernel_init": jax.nn.initializers.normal(0.01), "bias_init": zeros, "rngs": rngs}
+        self.conv = Conv(features, features, 3, padding=1, dtype=dtype, **settings)
         self.objectness = Conv(features, anchors, 1, **settings)
         self.deltas = Conv(features, 4 * anchors, 1, **settings)
 
     def __call__(self, levels: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         """([B, A] logits, [B, A, 4] deltas) of each level, float32, in the order of `anchors`: row, column, ratio."""
         hidden = [nnx.relu(self.conv(x)) for x in levels]
-        logits = [self.objectness(x).astype(jnp.float32).reshape(len(x), -1) for x in hidden]
-        return logits, [self.deltas(x).astype(jnp.float32).reshape(len(x), -1, 4) for x in hidden]
+        logits = [self.objectness(x).reshape(len(x), -1) for x in hidden]
+        return logits, [self.deltas(x).reshape(len(x), -1, 4) for x in hidden]
 
 
 class BoxHead(nnx.Module):

@@ -46,6 +46,7 @@ def propose(
     pre_nms: int,
     post_nms: int,
     min_side: float = 0.0,
+    ignore_padding: bool = False,
     threshold: float = 0.7,
 ) -> tuple[Array, Array]:
     """Proposals: the best anchors of each level, moved, clipped and suppressed level by level, then the best of all.
@@ -58,6 +59,8 @@ def propose(
       pre_nms: Candidates a level before suppression.
       post_nms: Slots of the result.
       min_side: Pixels that both sides must have; they must be above 0 in any case.
+      ignore_padding: Leave out anchors that only a larger canvas has, see `matching.beyond_image`. Nothing is known of
+        them, since they are not trained.
       threshold: IoU of the suppression.
 
     Returns:
@@ -77,6 +80,8 @@ def propose(
     candidates, scores, kept = [], [], []
     for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors, strict=True):
         level_logits, level_deltas = jax.lax.stop_gradient((level_logits, level_deltas))
+        if ignore_padding:
+            level_logits = jnp.where(beyond_image(jnp.asarray(level_anchors), size), -jnp.inf, level_logits)
         score, index = jax.lax.top_k(level_logits, min(pre_nms, len(level_logits)))
         moved = decode_boxes(level_deltas[index], jnp.asarray(level_anchors)[index])
         moved = clip_boxes(moved, size)

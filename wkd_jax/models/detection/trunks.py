@@ -58,13 +58,21 @@ class ResNetTrunk(nnx.Module):
         parts = [nnx.List([self.conv1, self.bn1]), self.layer1, self.layer2, self.layer3, self.layer4]
         _fix(parts, freeze_at, norm_eps)
 
-    def __call__(self, x: Array) -> list[Array]:
-        """Maps [B, H, W, 3] to four maps [B, ceil(H / stride), ceil(W / stride), D], after a ReLU."""
+    def __call__(self, x: Array, *, remat: bool = False) -> list[Array]:
+        """Maps [B, H, W, 3] to four maps [B, ceil(H / stride), ceil(W / stride), D], after a ReLU.
+
+        With `remat` the gradient computes each stage again from the map before it.
+        """
+
+        def run(blocks: nnx.List, x: Array) -> Array:
+            for block in blocks:
+                x, _ = block(x, train=False)
+            return x
+
         x = max_pool(conv_norm(x, self.conv1, self.bn1, train=False, relu=True), 3, stride=2, padding=1)
         maps = []
         for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in blocks:
-                x, _ = block(x, train=False)
+            x = (nnx.remat(run) if remat else run)(blocks, x)
             maps.append(x)
         return maps
 
@@ -89,13 +97,18 @@ class MobileNetV2Trunk(nnx.Module):
         parts = [[self.features[0]], *(self.features[a + 1 : b + 1] for a, b in itertools.pairwise(ends))]
         _fix(parts, freeze_at, norm_eps)
 
-    def __call__(self, x: Array) -> list[Array]:
-        """Maps [B, H, W, 3] to four maps [B, ceil(H / stride), ceil(W / stride), D]."""
+    def __call__(self, x: Array, *, remat: bool = False) -> list[Array]:
+        """Maps [B, H, W, 3] to four maps [B, ceil(H / stride), ceil(W / stride), D]; `remat` as in `ResNetTrunk`."""
+
+        def run(blocks: nnx.List, x: Array) -> Array:
+            for block in blocks:
+                x = block(x, train=False)
+            return x
+
         maps = []
-        for index, block in enumerate(self.features):
-            x = block(x, train=False)
-            if index in self.LAST:
-                maps.append(x)
+        for start, end in itertools.pairwise((-1, *self.LAST)):
+            x = (nnx.remat(run) if remat else run)(nnx.List(self.features[start + 1 : end + 1]), x)
+            maps.append(x)
         return maps
 
 
