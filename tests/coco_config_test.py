@@ -134,6 +134,14 @@ def test_weights_are_published(pair):
     assert {pair["teacher"], pair["init"]} <= {*public.PUBLIC}
 
 
+def test_another_batch_scales_the_schedule():
+    config = config_lib.resolve(coco_wkd.get_config("method=icd,batch=256"))
+    assert (config.global_batch_size, config.steps, config.methods.icd.delay) == (256, 5625, 31)
+    optimizer = config.optimizer
+    assert (optimizer.milestones, optimizer.warmup, optimizer.learning_rate) == ((3750, 5000), 31.0, 0.32)
+    np.testing.assert_allclose(optimizer.warmup_learning_rate, 0.32e-3)
+
+
 def test_arguments():
     for argument, words in (
         ("source=tfds", "needs test_json=FILE"),

@@ -151,9 +151,10 @@ class _Annotations:
 
 def _index(records: TfdsRecords, features: _Features, categories: tuple[tuple[int, str], ...]) -> Instances:
     """All annotations of a split: out of the cache, or by a pass over its records."""
-    # Files of ArrayRecord are padded, so other contents may well have the same size: an index is of one place.
-    place = os.path.dirname(os.path.abspath(records.shards[0][0].filename))
-    key = hashlib.sha256(f"{place}\n{records.fingerprint}".encode()).hexdigest()
+    # Files of ArrayRecord are padded, so other contents may well have the same size: an index is of one place and time.
+    files = [os.path.abspath(shard.filename) for shard, _ in records.shards]
+    made = [os.stat(file).st_mtime_ns for file in files]
+    key = hashlib.sha256(f"{os.path.dirname(files[0])}\n{made}\n{records.fingerprint}".encode()).hexdigest()
     path = cache.folder() / "coco" / f"{key}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
