@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 NET = {net}
 
 def get_config(argument):
-    return ConfigDict(dict(
+    config = dict(
         name="drawn", steps=6, global_batch_size=8,
         data=dict(name="coco", data_dir="{home}/set", canvases=((64, 64), (64, 96)), train_short=(48, 64),
                   test_short=64, max_side=96, max_boxes=4, workers=0),
@@ -40,7 +40,10 @@ def get_config(argument):
         interrelation=dict(features="pooled", samples_per_class=3),
         optimizer=dict(learning_rate=0.002, nesterov=False, schedule="step", unit="steps", milestones=(4,), warmup=2.0),
         log_every=1, eval_every=1, checkpoint_every=100,
-    ))
+    )
+    if argument == "alone":
+        config["teacher"], config["methods"] = None, dict()
+    return ConfigDict(config)
 """
 
 
@@ -57,8 +60,17 @@ def _home(tmp_path_factory):
     return home
 
 
-def run(home, directory, *overrides):
-    return main.main(["--config", str(home / "config.py"), "--workdir", str(directory), *overrides])
+def run(home, directory, *overrides, argument=""):
+    return main.main(["--config", f"{home / 'config.py'}:{argument}", "--workdir", str(directory), *overrides])
+
+
+def test_a_short_run_without_a_teacher(home, tmp_path):
+    overrides = ["--config.data.canvases=((64, 96),)", "--config.steps=3", "--config.optimizer.milestones=(2,)"]
+    assert run(home, tmp_path / "run", *overrides, argument="alone") == 0
+    result = json.loads((tmp_path / "run" / workdir.RESULT).read_text())
+    assert result["steps"] == 3 and 0 <= result["student_AP"] <= 100 and result["teacher_AP"] is None
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "<svg" in report and all(f">{name}" in report for name in ("AP50", "rectangle", "ellipse", "triangle"))
 
 
 @pytest.fixture(scope="module", name="whole")
@@ -71,6 +83,7 @@ def _whole(home):
     return home / "whole", [step._cache_size() for step in steps]
 
 
+@pytest.mark.slow
 def test_a_run_and_what_it_leaves(whole):
     directory, compilations = whole
     assert compilations == [2]  # one a canvas
@@ -96,6 +109,7 @@ def test_a_run_and_what_it_leaves(whole):
     assert detections and {found["category_id"] for found in detections} <= {key for key, _ in drawn_coco.CATEGORIES}
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_it_ends_with_the_same_bits(home, whole, tmp_path, monkeypatch, capsys):
     asked = []
     with monkeypatch.context() as patch:
