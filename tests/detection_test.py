@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from wkd_jax import config as config_lib
 from wkd_jax import main, registry, weights
 from wkd_jax.models import functional
 from wkd_jax.training import build, checkpoint, metrics, preemption, workdir
@@ -127,9 +128,8 @@ def test_stopped_and_continued_it_ends_with_the_same_bits(home, whole, tmp_path,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--config.accumulation=2"], "one of 2 canvases"),
+        (["--config.accumulation=2", "--config.global_batch_size=16"], "one of 2 canvases"),
         (["--config.task.name=classification"], "is for detection"),
-        (["--config.student.name=resnet8"], "the student resnet8 is a network for classification"),
         (["--config.data.max_boxes=1"], "set data.max_boxes="),
         (["--config.optimizer.milestones=(6,)"], "increasing steps between 0 and 6"),
         (["--config.epochs=2"], "both are the run's length"),
@@ -139,3 +139,10 @@ def test_what_is_wrong_is_said_before_anything_compiles(home, tmp_path, capsys, 
     assert run(home, tmp_path / "run", *overrides) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_does_not_detect(home):
+    config = main.read_config(f"{home / 'config.py'}:alone")
+    config["student"] = {"name": "resnet8"}
+    with pytest.raises(ValueError, match="the student resnet8 is a network for classification"):
+        build.plan(config_lib.resolve(config))
