@@ -204,7 +204,7 @@ class Ours:
             scored = network.rpn(list(levels.values()))
             regions, valid = self._propose(network, scored, train)
             regions, valid = (x[:, :REGIONS] if train else x for x in (regions, valid))
-            pooled = network.pool(levels, regions, REGION_SIZE, train=train)
+            pooled = network.pool(levels, regions, REGION_SIZE, exact=not train)
             hidden, logits, deltas = network.box_head(pooled)
             outputs = Outputs(logits, {}, hidden, valid=valid, extra={"regions": regions, "deltas": deltas})
             made = {
@@ -229,7 +229,7 @@ class Ours:
             "proposals": (None, lambda network, _, scored: self._propose(network, scored, train)),
             "pooling": (
                 "none/",
-                lambda network, levels, regions: network.pool(levels, regions, REGION_SIZE, train=train),
+                lambda network, levels, regions: network.pool(levels, regions, REGION_SIZE, exact=not train),
             ),
             "box head": ("box_head/", lambda network, pooled, _: network.box_head(pooled)),
             "detections": (None, lambda network, _, outputs: network._detect(outputs, size)),

@@ -42,7 +42,8 @@ class Preset:
       anchors: Rounding of the anchors, their strides, and the level rule of regions: "d2" or "tv".
       early_stride: Whether bottlenecks have their stride in the first 1 x 1 convolution.
       post_nms: Proposals kept, in training and in inference.
-      min_side: Pixels that the sides of a proposal, and of a detection, must reach; they must be above 0 in any case.
+      min_side: Pixels that the sides of a proposal, and of a box before the suppression of detections, must reach. Those
+        of proposals and detections are above 0 in any case.
       aligned: Whether regions are shifted by half a position before pooling.
       sampling_ratio: Samples a bin and axis in pooling; 0: as many as it covers positions.
     """
@@ -353,9 +354,11 @@ class FasterRCNN(Network):
             decoded = decode_boxes(deltas, regions[:, None], weights=ROI_WEIGHTS)
             decoded = clip_boxes(decoded, size)
             sides = decoded[..., 2:] - decoded[..., :2]
-            valid = valid[:, None] & jnp.all((sides > 0) & (sides >= self.preset.min_side[1]), axis=-1)
+            valid = valid[:, None] & jnp.all(sides >= self.preset.min_side[1], axis=-1)
             settings = {"count": self.detections, "candidates": self.candidates or None}
-            return final_detections(decoded, jax.nn.softmax(logits)[:, :-1], valid, **settings)
+            found = final_detections(decoded, jax.nn.softmax(logits)[:, :-1], valid, **settings)
+            # As in detectron2, boxes without extent take part until here.
+            return found._replace(valid=found.valid & jnp.all(found.boxes[:, 2:] > found.boxes[:, :2], axis=-1))
 
         extra = outputs.extra
         return over_images(of_image)(extra["regions"], outputs.valid, outputs.logits, extra["deltas"], size)
