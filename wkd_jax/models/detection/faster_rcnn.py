@@ -42,8 +42,8 @@ class Preset:
       anchors: Rounding of the anchors, their strides, and the level rule of regions: "d2" or "tv".
       early_stride: Whether bottlenecks have their stride in the first 1 x 1 convolution.
       post_nms: Proposals kept, in training and in inference.
-      min_side: Pixels that the sides of a proposal, and of a box before the suppression of detections, must reach. Those
-        of proposals and detections are above 0 in any case.
+      min_side: Pixels that the sides of a proposal, and of a box before the suppression of detections, must reach. In
+        the end both have sides above 0 in any case.
       aligned: Whether regions are shifted by half a position before pooling.
       sampling_ratio: Samples a bin and axis in pooling; 0: as many as it covers positions.
     """
