@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("torchvision_cpu")  # without which torchvision does not load everywhere
-
-import torchvision  # noqa: E402
+pytest.importorskip("torchvision_cpu")  # beside a CPU build of torch torchvision needs it
+torchvision = pytest.importorskip("torchvision")
 
 from benchmarks import bench_detection  # noqa: E402
 
@@ -80,9 +79,9 @@ def test_both_sides_are_given_the_same(ours, theirs, inputs, monkeypatch):
 
 def test_growth_is_what_a_call_takes():
     kept = []
-    growth = bench_detection.growth_mb(lambda: kept.append(np.ones(10_000_000)))
-    if growth is not None:
-        assert 75 < growth < 100
+    growths = [bench_detection.growth_mb(lambda: kept.append(np.ones(10_000_000))) for _ in range(3)]
+    if growths[0] is not None:  # the system may take unused pages away meanwhile
+        assert 75 < max(growths) < 100
         assert bench_detection.growth_mb(lambda: None) < 10
 
 

@@ -212,7 +212,7 @@ def test_another_config_does_not_touch_the_run(finished, home):
             "methods.wkd_f.teacher_tap: unknown tap of resnet8 'stage9': did you mean 'stage",
         ),
         ([":wkd_f", "--config.methods.wkd_f.grid=4"], "methods.wkd_f.grid=4"),
-        ([":wkd_f", "--config.methods.wkd_f.projector=conv2x2"], "did you mean 'conv1x1'"),
+        ([":wkd_f", "--config.methods.wkd_f.projector=conv2x2"], "did you mean 'conv3x3'"),
         ([":wkd_l", "--config.methods.wkd_l.gradient=unroled"], "did you mean 'unrolled'"),
         ([":kd", "--config.data.train_images=5000"], "train_images=5000"),
         ([":kd", "--config.global_batch_size=0"], "global_batch_size=0: must be above 0"),

@@ -189,13 +189,21 @@ def test_damaged_records_are_named(root, tmp_path):
 
 
 def test_an_index_of_other_records_is_noticed(root, tmp_path):
-    """The set was prepared again, in another order, and its files have the same names and (padded) sizes."""
+    """The set was prepared again, in another order, and its files have the same names and (padded) sizes.
+
+    Files of another time are indexed anew. Were the time the same too, records would not fit their annotations.
+    """
     test_json = str(root / "annotations" / "instances_val2017.json")
     train, test = examples(root, "train2017"), examples(root, "val2017")
     prepare(tmp_path, {"train": train, "validation": test})
     data_set(root, data_dir=str(tmp_path), test_json=test_json)
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*array_record*")}
+    assert times
     shutil.rmtree(tmp_path / "drawn_coco")
     prepare(tmp_path, {"train": train[::-1], "validation": test})
+    next(data_set(root, data_dir=str(tmp_path), test_json=test_json).training(global_batch_size=4, seed=0))
+    for path in tmp_path.rglob("*array_record*"):
+        os.utime(path, ns=(times[path.name], times[path.name]))
     data = data_set(root, data_dir=str(tmp_path), test_json=test_json)
     with pytest.raises(ValueError, match=r"train record \d+: it is image \d+, its annotations are of image \d+"):
         next(data.training(global_batch_size=4, seed=0))
