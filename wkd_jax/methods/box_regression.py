@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from wkd_jax import losses
 from wkd_jax.methods import checks
-from wkd_jax.models.detection import decode_boxes, distance_iou_loss
+from wkd_jax.models.detection import decode_boxes, distance_iou_loss, own_deltas
 from wkd_jax.models.detection.faster_rcnn import ROI_WEIGHTS
 from wkd_jax.types import Context, Setup, Term, Terms
 
@@ -45,10 +44,8 @@ class BoxRegression(nnx.Module):
         config, student = self.config, context.student
         deltas = student.extra["deltas"], jax.lax.stop_gradient(context.teacher.extra["deltas"])
         background = student.logits.shape[-1] - 1
-        own = jnp.minimum(context.labels, background - 1)[..., None, None]
         boxes = (
-            decode_boxes(jnp.take_along_axis(of, own, axis=2)[:, :, 0], student.extra["regions"], weights=ROI_WEIGHTS)
-            for of in deltas
+            decode_boxes(own_deltas(of, context.labels), student.extra["regions"], weights=ROI_WEIGHTS) for of in deltas
         )
         on_object = student.valid & (context.labels != background)
         return {

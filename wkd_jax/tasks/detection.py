@@ -18,7 +18,7 @@ from wkd_jax import losses
 from wkd_jax.data import augment
 from wkd_jax.data.detection import DetectionDataSet
 from wkd_jax.evaluation import coco, pictures
-from wkd_jax.models.detection.boxes import pairwise_iou
+from wkd_jax.models.detection.boxes import own_deltas, pairwise_iou
 from wkd_jax.types import Array, Batch, Context, Model, Normalisation, Outputs, Samples, Term, Terms
 
 BACKGROUND_IOU = 0.3  # with every object: below it, a region is an example of the background
@@ -96,8 +96,7 @@ class Detection:
             of = {"rpn_objectness": jnp.where(anchors.valid, binary, 0), "rpn_box": offset}
             terms = {name: Term(jnp.sum(value, axis=1) / slots, weight) for name, value in of.items()}
         targets = student.extra["targets"]
-        own = jnp.minimum(context.labels, len(self.data.class_names) - 1)[..., None, None]  # the background has no box
-        deltas = jnp.take_along_axis(student.extra["deltas"], own, axis=2)[:, :, 0]
+        deltas = own_deltas(student.extra["deltas"], context.labels)
         offset = jnp.where(targets.positive, _smooth_l1(deltas - targets.deltas, self.config["smooth_l1_beta"]), 0)
         terms["roi_class"] = Term(losses.cross_entropy(student.logits, context.labels), weight, student.valid)
         terms["roi_box"] = Term(offset, weight, student.valid)

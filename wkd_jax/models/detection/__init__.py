@@ -12,6 +12,7 @@ from wkd_jax.models.detection.boxes import (
     distance_iou_loss,
     encode_boxes,
     matched_iou,
+    own_deltas,
     pairwise_iou,
 )
 from wkd_jax.models.detection.matching import (
@@ -43,6 +44,7 @@ __all__ = [
     "matched_iou",
     "near_objects",
     "nms_mask",
+    "own_deltas",
     "pairwise_iou",
     "pyramid_anchors",
     "roi_align_einsum",

@@ -163,6 +163,25 @@ def decode_boxes(deltas: Array, anchors: Array, *, weights: Sequence[float] = (1
     return jnp.concatenate([centre - half, centre + half], axis=-1)
 
 
+def own_deltas(deltas: Array, labels: Array) -> Array:
+    """Of deltas by class, those of each region's own class; of the background, which has no box, the last class's.
+
+    Args:
+      deltas: [..., C - 1, 4].
+      labels: [...] integers in 0..C - 1, the background last.
+
+    Returns:
+      [..., 4], dtype of the deltas.
+
+    Example:
+      >>> print(own_deltas(jnp.arange(16.0).reshape(2, 2, 4), jnp.array([0, 2])))
+      [[ 0.  1.  2.  3.]
+       [12. 13. 14. 15.]]
+    """
+    own = jnp.minimum(labels, deltas.shape[-2] - 1)[..., None, None]
+    return jnp.take_along_axis(deltas, own, axis=-2)[..., 0, :]
+
+
 def distance_iou_loss(boxes: Array, targets: Array) -> Array:
     """Distance-IoU loss of boxes against those they belong to: 1 - IoU + d^2 / c^2.
 
