@@ -105,6 +105,18 @@ def test_overrides_reach_every_depth():
     assert (config.epochs, config.optimizer.momentum, config.teacher.train.epochs, config.name) == (3, 0.5, 2, "abc")
 
 
+@pytest.mark.parametrize("file", ["digits_wkd", "fashion_wkd"])
+def test_validation_is_kept_from_test_images(file):
+    test, validation = (main.load_config(f"configs/{file}.py:split={split}") for split in ("test", "validation"))
+    for config in (test, test.teacher.train):
+        assert config.data.get("test_split", "test") == "test" and not config.data.get("validation")
+    for config in (validation, validation.teacher.train):  # a teacher that has seen an image must not be judged on it
+        assert config.data.get("test_split", "train[54000:]") == "train[54000:]"
+        assert config.data.get("train_split", "train[:54000]") == "train[:54000]"
+        assert config.data.get("validation", True)
+    assert test.name != validation.name and test.teacher.train.student.name == "resnet8" + "x4" * (file[0] == "d")
+
+
 @pytest.mark.parametrize(
     ("argument", "overrides", "message"),
     [

@@ -52,6 +52,13 @@ def test_split_and_labels_are_those_of_the_file():
     assert (len(data.train), len(data.test), len(data.class_names)) == (1297, 500, 10)
 
 
+def test_validation_never_sees_test_images():
+    whole, data = digits(), digits(validation=True)
+    np.testing.assert_array_equal(data.train.images, whole.train.images[:1000])
+    np.testing.assert_array_equal(data.test.images, whole.train.images[1000:])
+    np.testing.assert_array_equal(data.test.labels, whole.train.labels[1000:])
+
+
 def test_statistics_are_of_the_training_images():
     data = digits(train_images=100)
     pixels = data.train.images.reshape(-1, 3) / 255
@@ -88,4 +95,4 @@ def test_refusals(arguments, message):
 
 def test_registry_finds_it_with_an_inspectable_signature():
     assert registry.get("data", "digits") is digits
-    assert list(inspect.signature(digits).parameters) == ["image_size", "train_images"]
+    assert list(inspect.signature(digits).parameters) == ["image_size", "train_images", "validation"]

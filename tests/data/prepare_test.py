@@ -186,7 +186,7 @@ def test_other_archives_fetched_by_hand(tmp_path, run):
         (("prepare", "imagent2012"), "did you mean imagenet2012 or"),
         (("prepare", "imagenet2012:9.0.0"), "only: 5.1.0, 5.0.0"),
         (("prepare", "imagenet_resized/65x64"), "BuilderConfig 65x64 not found"),
-        (("prepare", "leaves", "--from", "x.tar"), "--from has a meaning with folder alone"),
+        (("prepare", "leaves", "--from", "x.tar"), "--from: leaves does not come as idx files"),
         (("prepare", "folder", "--manual_dir", "x"), "--manual_dir has a meaning with TFDS sets alone"),
         (("check", "leafs"), "dataset='leafs': no prepared files under"),
     ],

@@ -1,6 +1,7 @@
 """Command line: data sets.
 
 python -m wkd_jax.data prepare imagenet2012 --data_dir DIR [--manual_dir D]
+python -m wkd_jax.data prepare fashion_mnist --from DIR-OF-IDX-FILES [--data_dir DIR]
 python -m wkd_jax.data prepare folder --data_dir DIR [--from ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar]
 python -m wkd_jax.data check NAME-or-DIR [--decode]
 """
@@ -36,15 +37,20 @@ def _parser() -> argparse.ArgumentParser:
         "prepare",
         help="make a data set readable for training",
         description="Does what is not done yet. A set of TensorFlow Datasets is built (which alone needs TensorFlow), "
-        "or converted if its files are TFRecord, and gets an index of its labels. `folder` unpacks ImageNet's archives "
-        "into class folders, and sorts a val folder that has none.",
+        "converted if its files are TFRecord, or written from idx files (MNIST's kind), and gets an index of its "
+        "labels. `folder` unpacks ImageNet's archives into class folders, and sorts a val folder that has none.",
     )
     making.add_argument("dataset", help="as TensorFlow Datasets writes it, name[/config][:version]; or: folder")
     making.add_argument("--data_dir", help="where prepared sets are; default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
     making.add_argument("--manual_dir", help="archives fetched by hand; default: downloads/manual in --data_dir")
     making.add_argument("--label_key", default="label", help="feature that holds the class label; default: label")
     making.add_argument(
-        "--from", dest="archives", nargs="+", default=[], metavar="TAR", help="with folder: archives to unpack"
+        "--from",
+        dest="sources",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="with folder: archives to unpack; with mnist, fashion_mnist, kmnist: the idx files, or the folder of them",
     )
     making.set_defaults(run=_prepare)
 
@@ -66,14 +72,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(args: argparse.Namespace) -> Iterator[str]:
     if args.dataset != "folder":
-        if args.archives:
-            raise ValueError("--from has a meaning with folder alone; archives of a TFDS set go to --manual_dir")
-        return prepare(args.dataset, data_dir=args.data_dir, manual_dir=args.manual_dir, label_key=args.label_key)
+        return prepare(
+            args.dataset,
+            data_dir=args.data_dir,
+            manual_dir=args.manual_dir,
+            sources=args.sources,
+            label_key=args.label_key,
+        )
     if not args.data_dir:
         raise ValueError("prepare folder: give --data_dir, the folder that has, or gets, train and val")
     if args.manual_dir:
         raise ValueError("--manual_dir has a meaning with TFDS sets alone; give archives with --from")
-    return unpack(args.data_dir, args.archives)
+    return unpack(args.data_dir, args.sources)
 
 
 def _check(args: argparse.Namespace) -> Iterator[str]:

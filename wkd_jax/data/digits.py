@@ -11,9 +11,10 @@ from wkd_jax.data.order import training_subset
 _SIDE = 8  # of the original images, pixels
 _WHITE = 16  # their brightest value
 _NUM_TRAIN = 1297
+_NUM_VALIDATION = 297
 
 
-def digits(*, image_size: int = 16, train_images: int = 0) -> MemoryDataSet:
+def digits(*, image_size: int = 16, train_images: int = 0, validation: bool = False) -> MemoryDataSet:
     """1797 grey images of ten classes, 8 x 8 pixels, enlarged: the first 1297 in file order train, the last 500 test.
 
     The file is not shuffled: neighbours in it often come from one writer, so the test split is a little harder than a
@@ -23,6 +24,7 @@ def digits(*, image_size: int = 16, train_images: int = 0) -> MemoryDataSet:
       image_size: Side of the images, pixels, >= 8. Bilinear, half-pixel centres, edges repeated; exact arithmetic,
         so the pixels are the same on every machine.
       train_images: How many training images to keep, balanced over the classes (`order.training_subset`). 0: all.
+      validation: For choosing hyper-parameters: the first 1000 train, and the other 297 training images are evaluated.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -42,10 +44,13 @@ def digits(*, image_size: int = 16, train_images: int = 0) -> MemoryDataSet:
 
     source = load_digits()
     labels = source.target.astype(np.int32)
-    kept = training_subset(labels[:_NUM_TRAIN], train_images)
     images = _enlarge(source.images.astype(np.int64), image_size)
-    train = Split(images[:_NUM_TRAIN][kept], labels[:_NUM_TRAIN][kept])
-    test = Split(images[_NUM_TRAIN:], labels[_NUM_TRAIN:])
+    if validation:
+        images, labels = images[:_NUM_TRAIN], labels[:_NUM_TRAIN]
+    first = _NUM_TRAIN - _NUM_VALIDATION if validation else _NUM_TRAIN
+    kept = training_subset(labels[:first], train_images)
+    train = Split(images[:first][kept], labels[:first][kept])
+    test = Split(images[first:], labels[first:])
     mean, std = channel_statistics(train.images)
     return MemoryDataSet("digits", tuple("0123456789"), train, test, mean, std)
 

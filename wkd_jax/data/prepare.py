@@ -1,4 +1,4 @@
-"""Prepares a TFDS set as ArrayRecord files: TFDS builds it, or a TFRecord copy is converted.
+"""Prepares a TFDS set as ArrayRecord files: TFDS builds it, a TFRecord copy is converted, or idx files are.
 
 TensorFlow is needed to build, and for nothing else: not to convert, not to train. `tensorflow_datasets` and
 `array_record` are imported when something is asked for.
@@ -13,10 +13,10 @@ import pathlib
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from wkd_jax.data import convert, labels
+from wkd_jax.data import convert, idx, labels
 
 ARCHIVES = {"imagenet2012": {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}}
 """Archives that people must fetch themselves, by set: file -> bytes."""
@@ -31,7 +31,12 @@ STEPS = {
 
 
 def prepare(
-    dataset: str, *, data_dir: str | None = None, manual_dir: str | None = None, label_key: str = "label"
+    dataset: str,
+    *,
+    data_dir: str | None = None,
+    manual_dir: str | None = None,
+    sources: Sequence[str] = (),
+    label_key: str = "label",
 ) -> Iterator[str]:
     """Makes a set readable for training, doing only what is not done yet, and says what it does.
 
@@ -39,23 +44,32 @@ def prepare(
       dataset: As TFDS writes it, "name[/config][:version]".
       data_dir: Where prepared sets are. None: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
       manual_dir: Where archives are that people must fetch themselves. None: `downloads/manual` in `data_dir`.
+      sources: The idx files of a set of `idx.SETS`, or folders that hold them, to write it from; else TFDS builds it.
       label_key: Feature that holds the class label, for the label index.
 
     Yields:
       Lines for people.
 
     Raises:
-      ValueError: If there is no such set, if an archive must be fetched first or is not whole, if TensorFlow is missing
-        where it is needed, if TFDS fails, or if a file to convert is damaged.
+      ValueError: If there is no such set, if files are given for one that does not come as such files, if an archive
+        must be fetched first or is not whole, if TensorFlow is missing where it is needed, if TFDS fails, or if a file
+        to convert is damaged.
       OSError: If the disk is too small, or cannot be written.
     """
     builder = open_builder(dataset, data_dir)
+    if sources and builder.name not in idx.SETS:
+        raise ValueError(
+            f"--from: {builder.name} does not come as idx files, as {', '.join(idx.SETS)} do; archives that TFDS "
+            "builds a set from go to --manual_dir"
+        )
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     ready = builder.info.splits and "array_record" in formats
     if not ready and "://" in os.fspath(builder.data_path):
         raise ValueError(f"{builder.data_path}: prepare the set on a disk, and copy the folder there")
     if ready:
         yield f"{builder.info.full_name} is prepared already, in {builder.data_dir}"
+    elif not builder.info.splits and sources:
+        yield from idx.write(builder, sources)
     elif not builder.info.splits:
         yield from _build(builder, dataset, data_dir, manual_dir)
     elif "tfrecord" in formats:

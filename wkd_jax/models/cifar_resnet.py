@@ -43,6 +43,7 @@ SPECS = {
     "resnet110": Spec(18, (16, 16, 32, 64)),
     "resnet8x4": Spec(1, (32, 64, 128, 256)),
     "resnet32x4": Spec(5, (32, 64, 128, 256)),
+    "resnet8_half": Spec(1, (8, 8, 16, 32)),  # of no paper: 20 k parameters, for experiments of many runs
 }
 
 

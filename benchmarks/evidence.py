@@ -1,0 +1,235 @@
+"""Does WKD help? Methods tuned alike, images that a CPU can train on, five seeds each: the tables of docs/evidence.md.
+
+    python benchmarks/evidence.py run fashion_500 fashion_all digits_100 digits_all
+    python benchmarks/evidence.py run fashion_500_interrelation fashion_all_interrelation
+    python benchmarks/evidence.py table > docs/evidence_tables.md
+
+`run` makes the runs of each setting with the package's own loop, in `runs/`, and goes on where it was stopped. Of each
+row, the trials are trained without the test images and evaluated on the validation images, one seed; the trial with the
+highest top-1 (the first of equals) is then trained on the whole training split with seeds 0 to 4 and evaluated on the
+test images, once. The result is the last evaluation, not the best. Results go to `benchmarks/results/evidence_*.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from wkd_jax import config as config_lib
+from wkd_jax import interrelation, main
+from wkd_jax.report import text
+from wkd_jax.report.compare import mean_spread
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+SEEDS = range(5)
+FACTORS = (0.3, 1.0, 3.0)  # of a row's loss weights, as the config file has them; of `none`, its learning rate
+METHODS = ("none", "kd", "dkd", "nkd", "dist", "fitnet", "rkd", "wkd_l", "wkd_f", "wkd_l+wkd_f")
+# One evaluation, at the end.
+SHARED = ("eval_every=1000", "checkpoint_every=1000")
+# What of a method's settings is its strength.
+STRENGTH = {
+    "kd": ("weight",),
+    "dkd": ("alpha", "beta"),
+    "nkd": ("gamma",),
+    "dist": ("weight",),
+    "fitnet": ("weight",),
+    "rkd": ("distance_weight", "angle_weight"),
+    "wkd_l": ("weight",),
+    "wkd_f": ("weight",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A data set and how much of it the student gets.
+
+    Attributes:
+      title: Of its table.
+      config: Of --config, without method, seed and split.
+      rows: Name -> (method, overrides).
+      baselines: Rows that all others are compared with.
+    """
+
+    title: str
+    config: str
+    rows: Mapping[str, tuple[str, tuple[str, ...]]]
+    baselines: tuple[str, ...]
+
+
+_ROWS = {method: (method, ()) for method in METHODS}
+_CONFIGS = {
+    "fashion_500": ("Fashion-MNIST, 500 labelled images", "configs/fashion_wkd.py:train_images=500"),
+    "fashion_all": ("Fashion-MNIST, all 60,000 images", "configs/fashion_wkd.py"),
+    "digits_100": ("Digits, 100 labelled images", "configs/digits_wkd.py:pair=r8_half,train_images=100"),
+    "digits_all": ("Digits, all 1,297 images", "configs/digits_wkd.py:pair=r8_half"),
+}
+SETTINGS = {name: Setting(title, config, _ROWS, ("none", "kd")) for name, (title, config) in _CONFIGS.items()}
+
+# WKD-L with class similarities of several kinds, at one mean distance of the classes: costs of one size.
+_KINDS = {
+    "cka (the paper's)": ("kind=cka", "features=logits"),
+    "uniform": ("kind=uniform",),
+    "cosine, centred": ("kind=cosine", "centred=True", "features=pooled"),
+    "gaussian": ("kind=gaussian", "features=pooled"),
+    "confusion": ("kind=confusion", "features=logits"),
+    "logit_correlation": ("kind=logit_correlation", "features=logits"),
+    "classifier, centred": ("kind=classifier", "centred=True"),
+    "logit_correlation, shuffled": ("file=shuffled",),  # the same values, between other classes
+}
+SETTINGS |= {
+    f"{name}_interrelation": Setting(
+        f"{_CONFIGS[name][0]}: WKD-L by kind of class similarity",
+        _CONFIGS[name][1],
+        {
+            row: ("wkd_l", ("interrelation.mean_distance=0.9", *(f"interrelation.{item}" for item in items)))
+            for row, items in _KINDS.items()
+        },
+        ("cka (the paper's)", "uniform"),
+    )
+    for name in ("fashion_500", "fashion_all")
+}
+
+
+def trials(setting: Setting, row: str) -> list[tuple[str, ...]]:
+    """The overrides of each trial of a row."""
+    method, shared = setting.rows[row]
+    raw = main.read_config(_argument(setting, method, 0, "test"))
+    out = []
+    for factor in FACTORS:
+        if method == "none":
+            changed = {"optimizer.learning_rate": raw["optimizer"]["learning_rate"] * factor}
+        else:
+            weights = {(name, key): raw["methods"][name][key] for name in method.split("+") for key in STRENGTH[name]}
+            changed = {f"methods.{name}.{key}": value * factor for (name, key), value in weights.items()}
+        out.append((*shared, *(f"{key}={value:.6g}" for key, value in changed.items())))
+    return out
+
+
+def run(name: str) -> None:
+    """Makes all runs of a setting, and writes its results down after each row."""
+    setting, path = SETTINGS[name], RESULTS / f"evidence_{name}.json"
+    done = json.loads(path.read_text())["rows"] if path.exists() else {}
+    for row, (method, _) in setting.rows.items():
+        if row in done:
+            continue
+        tried = {"; ".join(trial): _top1(setting, method, 0, "validation", trial) for trial in trials(setting, row)}
+        chosen = max(tried, key=tried.__getitem__)
+        results = [_result(setting, method, seed, "test", chosen.split("; ")) for seed in SEEDS]
+        done[row] = {
+            "validation": tried,
+            "chosen": chosen,
+            "test": [result["student_top1"] for result in results],
+            "agreement": [result.get("agreement") for result in results],
+            "teacher": results[0].get("teacher_top1"),
+        }
+        record = {"title": setting.title, "config": setting.config, "made_with": _made_with(), "rows": done}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def table(name: str) -> str:
+    """A setting's table: mean and standard error over seeds, and differences paired by seed."""
+    record = json.loads((RESULTS / f"evidence_{name}.json").read_text())
+    rows, baselines = record["rows"], [row for row in SETTINGS[name].baselines if row in record["rows"]]
+    head = ["row", "test top-1, %", *(f"minus {row}" for row in baselines), "agreement, %", "chosen", "validation, %"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row, found in rows.items():
+        differences = [
+            _mean_error([a - b for a, b in zip(found["test"], rows[other]["test"], strict=True)], signed=True)
+            if row != other
+            else "-"
+            for other in baselines
+        ]
+        agreement = "-" if None in found["agreement"] else f"{statistics.fmean(found['agreement']):.1f}"
+        tried = " / ".join(f"{value:.1f}" for value in found["validation"].values())
+        cells = [f"`{row}`", _mean_error(found["test"]), *differences, agreement, f"`{_short(found['chosen'])}`", tried]
+        lines.append("| " + " | ".join(cells) + " |")
+    teachers = {found["teacher"] for found in rows.values() if found["teacher"] is not None}
+    teacher = ", ".join(f"{value:.2f}" for value in sorted(teachers))
+    return f"### {record['title']}\n\nTeacher {teacher} %. {record['made_with']}\n\n" + "\n".join(lines) + "\n"
+
+
+def _mean_error(values: Sequence[float], *, signed: bool = False) -> str:
+    mean, spread = mean_spread(values)
+    assert mean is not None and spread is not None
+    error = f" ± {spread / math.sqrt(len(values)):.2f}"
+    return (text.signed(mean) if signed else text.fixed(mean)) + error
+
+
+def _short(overrides: str) -> str:
+    """Without the sections that the row's name says already."""
+    return overrides.replace("methods.", "").replace("optimizer.", "")
+
+
+def _top1(setting: Setting, method: str, seed: int, split: str, overrides: Sequence[str]) -> float:
+    return float(_result(setting, method, seed, split, overrides)["student_top1"])
+
+
+def _result(setting: Setting, method: str, seed: int, split: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The result of a run, which is made if it is not there."""
+    if "interrelation.file=shuffled" in overrides:
+        shuffled = _shuffled(setting, split)
+        overrides = [f"interrelation.file={shuffled}" if item.endswith("=shuffled") else item for item in overrides]
+    config = main.load_config(_argument(setting, method, seed, split), (*overrides, *SHARED))
+    directory = config_lib.default_workdir(config)
+    if not (directory / "result.json").exists():
+        started = time.monotonic()
+        main.make(config, directory)
+        sys.stderr.write(f"{setting.title}: {method} {seed} {split} {overrides}: {time.monotonic() - started:.0f} s\n")
+        jax.clear_caches()  # hundreds of runs in one process
+    result: dict[str, Any] = json.loads((directory / "result.json").read_text())
+    return result
+
+
+def _shuffled(setting: Setting, split: str) -> pathlib.Path:
+    """A file of distances: those that another row's run has, with the classes exchanged."""
+    row = "logit_correlation"
+    config = main.load_config(_argument(setting, "wkd_l", 0, split), (*trials(setting, row)[0], *SHARED))
+    run, path = config_lib.default_workdir(config), pathlib.Path("runs") / f"shuffled_{split}.npy"
+    if not (run / "interrelation.npz").exists():
+        _result(setting, "wkd_l", 0, split, trials(setting, row)[0])
+    order = np.array([2, 4, 7, 1, 3, 0, 9, 5, 6, 8])  # tops, shoes, trousers and bags change places
+    np.save(path, 1 - interrelation.load(run / "interrelation.npz").similarity[np.ix_(order, order)])
+    return path
+
+
+def _argument(setting: Setting, method: str, seed: int, split: str) -> str:
+    path, _, given = setting.config.partition(":")
+    return f"{path}:{','.join(filter(None, (given, f'method={method},seed={seed},split={split}')))}"
+
+
+def _made_with() -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
+    return f"One core of {os.cpu_count()}, {jax.devices()[0].platform}, {versions}."
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    running = commands.add_parser("run", help="make the runs of some settings")
+    running.add_argument("settings", nargs="+", choices=SETTINGS, metavar="SETTING", help=", ".join(SETTINGS))
+    commands.add_parser("table", help="print the tables of all settings that have results")
+    args = parser.parse_args()
+    if args.command == "run":
+        for name in args.settings:
+            run(name)
+        return
+    for name in SETTINGS:
+        if (RESULTS / f"evidence_{name}.json").exists():
+            print(table(name))
+
+
+if __name__ == "__main__":
+    _main()
