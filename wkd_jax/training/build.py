@@ -61,9 +61,22 @@ class Run:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
 
 
+_opened: dict[str, DataSet] = {}  # `data` section as JSON -> data set, of `data_set`
+
+
 def data_set(config: Mapping[str, Any]) -> DataSet:
-    """The data set of a config's `data` section."""
-    return registry.get("data", config["name"])(**{key: value for key, value in config.items() if key != "name"})
+    """The data set of a config's `data` section.
+
+    The last two are kept: a run and its teacher's mostly have the same, are checked before either starts, and reading a
+    set into memory may take longer than the check.
+    """
+    key = config_lib.to_json(config)
+    if key not in _opened:
+        if len(_opened) > 1:
+            del _opened[next(iter(_opened))]
+        arguments = {name: value for name, value in config.items() if name != "name"}
+        _opened[key] = registry.get("data", config["name"])(**arguments)
+    return _opened[key]
 
 
 def model(config: Mapping[str, Any], num_classes: int, dtype: str, seed: int) -> nnx.Module:

@@ -24,7 +24,7 @@ from wkd_jax.training import teacher as teacher_lib
 from wkd_jax.training.checkpoint import Checkpoints
 from wkd_jax.training.metrics import MetricWriter
 from wkd_jax.training.preemption import Notice, Preempted
-from wkd_jax.training.progress import Progress
+from wkd_jax.training.progress import Progress, number
 from wkd_jax.training.trace import WARM_UP, Trace
 from wkd_jax.types import TrainState
 
@@ -195,7 +195,7 @@ def _train(
             scalars = _scalars(evaluation)
             watch.finite(step, {f"evaluation {name}": value for name, value in scalars.items()})
             writer.write(step, "eval", {"epoch": clock.epochs_done(step), **scalars})
-            progress.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
+            progress.note(f"step {step}: " + ", ".join(f"{name} {number(value)}" for name, value in scalars.items()))
             if not record["best"] or evaluation[metric] > record["best"][metric]:
                 record["best"] = {metric: evaluation[metric], "step": step}
             record["evaluated"] = step
