@@ -9,6 +9,8 @@ one that is finished is collected, one that was stopped goes on, teachers are sh
 where it ended. Overrides of a method's or the teacher's settings go to the rows that have it. Runs are made one
 after the other in this process; those of several hosts are made with `wkd_jax.main` and then collected.
 
+Curves, classes and config differences of any runs, on one page: `python -m wkd_jax.report RUN RUN ...`.
+
 A table of the paper is printed beside the runs that are there for its rows, with any seed; it runs nothing.
 
 Exit codes: 0 done; 1 an error, or some runs failed (the table says which and why; the same command tries them again);

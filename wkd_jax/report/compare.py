@@ -138,7 +138,7 @@ def markdown(title: str, command: str, entries: Sequence[Entry], baseline: str |
         f"Seeds: {', '.join(map(str, seeds))}.",
         "Besides this page: `table.csv`, every run; `plot.svg`, every run a dot, each method's mean ± spread and the "
         "baseline's mean as a line.",
-        *_made_with(entries),
+        *made_with(entries),
     ]
     return _page(title, command, _grid(head, body, left=("method", "remarks")), notes)
 
@@ -188,7 +188,7 @@ def published(
         "Ours: mean ± sample standard deviation over the finished runs, whatever their seeds; in brackets, how many. "
         "–: nobody has run it here. A teacher's value is that of the teachers in the runs found.",
         *notes,
-        *_made_with([run for runs in found.values() for run in runs]),
+        *made_with([run for runs in found.values() for run in runs]),
     ]
     return _page(table.title, command, _grid(head, body, left=("row", "command")), notes)
 
@@ -255,21 +255,21 @@ def _remarks(row: Iterable[Entry]) -> str:
     )
 
 
-def _made_with(entries: Iterable[Entry]) -> list[str]:
+def made_with(entries: Iterable[Entry]) -> list[str]:
     """Devices, versions, and warnings where the runs are not alike in what no config says."""
-    results = [run.result for run in finished(entries) if run.result is not None]
-    if not results:
+    runs = finished(entries)
+    if not runs:
         return []
-    named = [{name: result["versions"].get(name) for name in ("wkd_jax", "jax", "python")} for result in results]
+    named = [{name: look_up(run, "versions", name) for name in ("wkd_jax", "jax", "python")} for run in runs]
     lines = [
-        f"Devices: {_tally(result['devices'] for result in results)}.",
+        f"Devices: {_tally(look_up(run, 'devices') or 'not recorded' for run in runs)}.",
         f"Versions: {_tally(', '.join(f'{name} {version}' for name, version in each.items()) for each in named)}.",
     ]
     for what, consequence in (
         ("data", "the images were not the same ones"),
         ("teacher", "part of a difference may be the teacher's"),
     ):
-        contents = {result["identity"][what] for result in results} - {None}
+        contents = {look_up(run, "identity", what) for run in runs} - {None}
         if len(contents) > 1:
             lines.append(f"Careful: the runs had {len(contents)} different contents of `{what}`: {consequence}.")
     return lines

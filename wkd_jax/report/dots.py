@@ -26,7 +26,7 @@ def draw(title: str, values: Mapping[str, Sequence[float]], baseline: str | None
     """
     order = sorted(values, key=lambda method: (-(mean_spread(values[method])[0] or 0), method))
     height = 58 + _ROW * len(order)
-    left = 16 + 6 * max(len(svg.plain(method)) for method in order)
+    left = 16 + 6.6 * max(len(svg.plain(method)) for method in order)
 
     def paint(figure: Figure) -> None:
         axes = figure.add_axes((left / _WIDTH, 44 / height, (_WIDTH - left - 16) / _WIDTH, (height - 58) / height))

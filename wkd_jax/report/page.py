@@ -1,21 +1,19 @@
-"""The page of a report: its headline, numbers and settings, and the template that holds it all."""
+"""The page of one run: its headline, numbers and settings."""
 
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-
 from wkd_jax.report import classes, curves, metric, pictures, plots, text
-from wkd_jax.report.elements import Card, Table
+from wkd_jax.report.elements import Card, Table, template
 from wkd_jax.report.read import Run, number
 
 # Entries of result.json that have their place on the page; any other number gets a card of its own.
 _PLACED = {
-    "student_top1", "student_top5", "teacher_top1", "agreement", "loss", "examples", "steps", "seconds", "num_classes",
+    "student_top1", "student_top5", "teacher_top1", "agreement", "loss", "examples", "steps", "seconds",
+    "num_classes", "processes",
     "student_parameters", "teacher_parameters", "method_parameters", "student_overflows", "teacher_overflows",
     *(f"{side}_{key}" for side in ("student", "teacher") for key in metric.COCO),
 }  # fmt: skip
@@ -27,16 +25,9 @@ def render(run: Run) -> str:
     Raises:
       ValueError: If what should be a number in the result is none; names the file and the key.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     result = run.result or {}
-    return environment.get_template("template.html").render(
-        headline=_headline(run),
+    return template("page.html").render(
+        headline=headline(run),
         finished=run.result is not None,
         step=run.step,
         truncated=run.truncated,
@@ -56,7 +47,7 @@ def render(run: Run) -> str:
     )
 
 
-def _headline(run: Run) -> dict[str, Any]:
+def headline(run: Run) -> dict[str, Any]:
     """Names of the run, its models and methods: from the result or, while there is none, from the config."""
     source = run.result or run.config
 
@@ -86,7 +77,7 @@ def _result(run: Run, key: str) -> float | None:
     return number(value)
 
 
-def _latest(run: Run, key: str) -> float | None:
+def latest(run: Run, key: str) -> float | None:
     """From the result or, while there is none, the last evaluation; NaN for COCO's -1, where nothing was to find."""
     if run.result is None and (curve := run.curves.get("eval", {}).get(key)):
         value: float | None = float(curve.values[-1])
@@ -98,13 +89,13 @@ def _latest(run: Run, key: str) -> float | None:
 def _teacher_levels(run: Run) -> dict[str, float | None]:
     """Curve of the student -> the same number of the teacher."""
     keys = (run.metric.key, *run.metric.more)
-    return {f"student_{key}": _latest(run, f"teacher_{key}") for key in keys}
+    return {f"student_{key}": latest(run, f"teacher_{key}") for key in keys}
 
 
 def _cards(run: Run) -> list[Card]:
     """The numbers at the top."""
     of = run.metric
-    student, teacher, agreement = (_latest(run, key) for key in (of.student, of.teacher, "agreement"))
+    student, teacher, agreement = (latest(run, key) for key in (of.student, of.teacher, "agreement"))
     remarks = []
     evaluated = run.curves.get("eval", {})
     if run.result is None and of.student in evaluated:
@@ -132,16 +123,16 @@ def _coco(run: Run) -> dict[str, Any] | None:
     if run.metric is not metric.AP:
         return None
     head, rows = ["number", "what", "student %"], []
-    with_teacher = _latest(run, metric.AP.teacher) is not None
+    with_teacher = latest(run, metric.AP.teacher) is not None
     head += ["teacher %", "difference"] if with_teacher else []
     for key, what in metric.COCO.items():
-        student, teacher = (_latest(run, f"{side}_{key}") for side in ("student", "teacher"))
+        student, teacher = (latest(run, f"{side}_{key}") for side in ("student", "teacher"))
         row = [key, what, text.fixed(student)]
         if with_teacher:
             known = student is not None and teacher is not None
             row += [text.fixed(teacher), text.signed(student - teacher) if known else "–"]
         rows.append(row)
-    overflows = {side: _latest(run, f"{side}_overflows") for side in ("student", "teacher")}
+    overflows = {side: latest(run, f"{side}_overflows") for side in ("student", "teacher")}
     return {
         "table": Table("COCO's twelve numbers", head, rows, 2),
         "overflows": ", ".join(f"{side} {count:,.0f}" for side, count in overflows.items() if count),

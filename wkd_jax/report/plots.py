@@ -1,4 +1,4 @@
-"""The figures of a report, as inline SVG: curves over the steps of a run, and what is known of each class."""
+"""The figures of a report, as inline SVG: curves over the steps of runs, and what is known of each class."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ ALL_NAMES = 30  # classes up to which every one is named on the axes of a matrix
 BARS = 40  # classes up to which each has a bar
 PIXELS = 500  # side of a drawn matrix; of a larger one, the mean of blocks is drawn
 _CELL = (340, 200)  # size of a curve's figure
+_SWATCH = (40, 12)
+_FONT = 10  # size of all text
 _WIDTH = 540  # of the figure of a matrix, or of all classes
 _STEPS = (1, 2, 2.5, 5, 10)  # between ticks, times a power of ten
 _LEVELS = 64  # colours of a heat map: as smooth to the eye as more, and a far smaller file
+_DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5)))
+_MARKERS = "os^Dv"  # a dot of a run, by its dashes
 _SHARES = LinearSegmentedColormap.from_list("shares", [(*to_rgb(svg.STUDENT), 0.06), (*to_rgb(svg.STUDENT), 1.0)])
 
 
@@ -69,8 +73,63 @@ def thin(curve: Curve, buckets: int = BUCKETS) -> Thinned:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How a run is told from others.
+
+    Attributes:
+      colour: Of its line and dots.
+      dashes: Of its line: a line style of Matplotlib.
+      marker: Of its dots: a marker of Matplotlib.
+    """
+
+    colour: str
+    dashes: Any = "solid"
+    marker: str = "o"
+
+
+def styles(groups: Sequence[int]) -> list[Style]:
+    """A style for each run: those of a group share a colour, as far as there are colours, and differ in dashes.
+
+    Args:
+      groups: Number of each run's group, from 0. Without repetition, 40 styles are distinct.
+
+    Example:
+      >>> [(style.colour, style.marker) for style in styles([0, 1, 0])]
+      [('#3b82c4', 'o'), ('#2a9d6f', 'o'), ('#3b82c4', 's')]
+    """
+    count, half = len(_DASHES), len(svg.SERIES) // 2
+    taken: set[tuple[int, int]] = set()
+    found = []
+    for group in groups:
+        colour, first = group % len(svg.SERIES), group // half  # colours that are alike differ in dashes too
+        free = [i % count for i in range(first, first + count) if (colour, i % count) not in taken]
+        dashes = next(iter(free), first % count)
+        taken.add((colour, dashes))
+        found.append(Style(svg.SERIES[colour], _DASHES[dashes], _MARKERS[dashes]))
+    return found
+
+
+def swatch(name: str, style: Style) -> Markup:
+    """Draws what a run's line and dots look like, for a legend outside of the figures."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.axis("off")
+        axes.plot((0, 1), (0, 0), color=style.colour, linestyle=style.dashes, linewidth=2)
+        axes.plot(0.5, 0, color=style.colour, marker=style.marker, markersize=6, markeredgewidth=0)
+        axes.set_xlim(0, 1)
+
+    return svg.draw(name, *_SWATCH, paint, label=name)
+
+
 def curves(
-    name: str, lines: Mapping[str, Curve], *, level: tuple[str, float] | None = None, scale: str = "linear"
+    name: str,
+    lines: Mapping[str, Curve],
+    *,
+    level: tuple[str, float] | None = None,
+    scale: str = "linear",
+    look: Mapping[str, Style] | None = None,
 ) -> Markup:
     """Draws curves over the steps, in one pair of axes.
 
@@ -79,12 +138,14 @@ def curves(
       lines: Label -> curve. Labels are drawn where there is more than one line, or a level.
       level: (label, value) of a horizontal line to compare with.
       scale: "linear", or "log" to use a logarithmic axis where all values are positive and span two decades.
+      look: Label -> style, of lines whose legend is outside of the figure; None: colours in turn, and labels drawn.
     """
+    drawn = look or {label: Style(svg.SERIES[i % len(svg.SERIES)]) for i, label in enumerate(lines)}
 
     def paint(figure: Figure) -> None:
-        axes = figure.add_axes((0.13, 0.17, 0.84, 0.79))
-        for i, (label, curve) in enumerate(lines.items()):
-            _line(axes, thin(curve), colour=svg.SERIES[i % len(svg.SERIES)], label=svg.plain(label))
+        axes = figure.add_axes((0.16, 0.18, 0.81, 0.78))
+        for label, curve in lines.items():
+            _line(axes, thin(curve), style=drawn[label], label=svg.plain(label))
         if level:
             axes.axhline(level[1], color=svg.TEACHER, linestyle=(0, (5, 3)), label=level[0])
         values = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in lines.values()])
@@ -102,7 +163,7 @@ def curves(
         axes.tick_params(length=3)
         axes.set_xlabel("step", labelpad=2)
         axes.grid(axis="y")
-        if len(lines) > 1 or level:
+        if not look and (len(lines) > 1 or level):
             axes.legend(loc="best" if values.size else "center", handlelength=1.4, borderaxespad=0.2, labelspacing=0.25)
 
     return svg.draw(name, *_CELL, paint, label=f"Curves over the steps: {', '.join(lines)}")
@@ -138,11 +199,12 @@ def confusion(name: str, names: Sequence[str], counts: np.ndarray) -> Markup:
     def annotate(axes: Axes) -> None:
         axes.set_xlabel("predicted by the student")
         axes.set_ylabel("true class")
-        if len(names) <= 16:
-            for row, column in np.argwhere(counts > 0):
+        written = {(row, column): f"{counts[row, column]:.0f}" for row, column in np.argwhere(counts > 0)}
+        cell = axes.get_window_extent().width / len(names)
+        if cell > 4 + _FONT * max(map(svg.ems, written.values()), default=0):
+            for (row, column), number in written.items():
                 colour = "#ffffff" if share[row, column] > 60 else svg.INK
-                number = f"{counts[row, column]:.0f}"
-                axes.text(column, row, number, ha="center", va="center", fontsize=8, color=colour)
+                axes.text(column, row, number, ha="center", va="center", color=colour)
 
     scale = _Scale(_SHARES, 0, 100, "% of the true class")
     return _matrix(name, names, share, scale, annotate, label="Confusion matrix of the student")
@@ -169,13 +231,54 @@ def by_class(
     """
     named = len(names) <= bars
     height = 70 + 18 * len(names) if named else 300
-    left = _room(names, 9) if named else 45
+    left = _room(names) if named else 45
 
     def paint(figure: Figure) -> None:
         axes = figure.add_axes(_box(left, 24, _WIDTH - left - 15, height - 64, height))
         (_bars if named else _ranks)(axes, names, student, teacher, measure)
 
     return svg.draw(name, _WIDTH, height, paint, label=f"{measure[0].upper()}{measure[1:]} by class")
+
+
+def by_class_and_run(
+    name: str, names: Sequence[str], runs: Mapping[str, np.ndarray], look: Mapping[str, Style], *, measure: str
+) -> Markup:
+    """Draws a percentage of each class for several runs: a row a class, a dot a run.
+
+    Args:
+      name: The figure's.
+      names: C class names, in the order to draw.
+      runs: Label -> [C], percent; NaN where a class has no examples.
+      look: Label -> style. The legend is outside of the figure.
+      measure: What the percentages are.
+    """
+    height = 46 + 22 * len(names)
+    left = _room(names)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_axes(_box(left, 6, _WIDTH - left - 15, height - 46, height))
+        rows = np.arange(len(names))
+        # Rows of runs that agree would hide each other: each run has its own height within the row.
+        apart = np.linspace(-0.28, 0.28, len(runs)) if len(runs) > 1 else [0.0]
+        for (label, values), shift in zip(runs.items(), apart, strict=True):
+            style = look[label]
+            marks: dict[str, Any] = {"linestyle": "none", "markersize": 6, "markeredgewidth": 0, "clip_on": False}
+            axes.plot(values, rows + shift, color=style.colour, marker=style.marker, **marks)
+        _class_rows(axes, names)
+        values = np.concatenate(list(runs.values()))
+        low = np.nanmin(values) if np.isfinite(values).any() else 0.0
+        axes.set_xlim(max(0.0, np.floor((low - 2) / 10) * 10), 100)
+        axes.set_xlabel(f"{measure}, %")
+        axes.grid(axis="both")
+
+    return svg.draw(name, _WIDTH, height, paint, label=f"{measure[0].upper()}{measure[1:]} by class and run")
+
+
+def _class_rows(axes: Axes, names: Sequence[str]) -> None:
+    """A row a class, the first on top, with its name."""
+    axes.set_yticks(np.arange(len(names)), [svg.plain(each) for each in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
 
 
 def _bars(axes: Axes, names: Sequence[str], student: np.ndarray, teacher: np.ndarray | None, measure: str) -> None:
@@ -187,11 +290,9 @@ def _bars(axes: Axes, names: Sequence[str], student: np.ndarray, teacher: np.nda
             teacher, y, linestyle="none", marker="|", markersize=13, markeredgewidth=2.5, color=svg.TEACHER,
             label="teacher",
         )  # fmt: skip
-    axes.set_yticks(y, [svg.plain(each) for each in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    _class_rows(axes, names)
     axes.set_xlim(0, 100)
     axes.set_xlabel(f"{measure}, %")
-    axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     if teacher is not None:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
@@ -211,10 +312,10 @@ def _ranks(axes: Axes, names: Sequence[str], student: np.ndarray, teacher: np.nd
         axes.legend(loc="lower left")
 
 
-def _line(axes: Axes, thinned: Thinned, *, colour: str, label: str) -> None:
+def _line(axes: Axes, thinned: Thinned, *, style: Style, label: str) -> None:
     """A line with its range shaded, gaps where values are not finite, and those marked along the bottom."""
-    axes.fill_between(thinned.steps, thinned.low, thinned.high, color=colour, alpha=0.3, linewidth=0)
-    _path(axes, thinned.steps, thinned.mean, color=colour, label=label)
+    axes.fill_between(thinned.steps, thinned.low, thinned.high, color=style.colour, alpha=0.3, linewidth=0)
+    _path(axes, thinned.steps, thinned.mean, color=style.colour, linestyle=style.dashes, label=label)
     if thinned.broken.any():
         bottom = np.where(thinned.broken, 0.0, np.nan)
         transform = axes.get_xaxis_transform()
@@ -256,8 +357,7 @@ def _matrix(
     count = len(names)
     ticks = np.arange(0, count, 1 if count <= ALL_NAMES else -(-count // 25))
     labels = [svg.plain(names[i], 20) for i in ticks]
-    size = 9 if count <= 12 else 8
-    margin = 20 + _room(labels, size)
+    margin = 20 + _room(labels)
     side = _WIDTH - margin - 80
     height = 10 + side + margin
 
@@ -269,7 +369,7 @@ def _matrix(
         )
         axes.set_xticks(ticks, labels, rotation=90)
         axes.set_yticks(ticks, labels)
-        axes.tick_params(length=0 if count <= ALL_NAMES else 2, labelsize=size)
+        axes.tick_params(length=0 if count <= ALL_NAMES else 2)
         axes.spines[:].set_visible(False)
         annotate(axes)
         beside = figure.add_axes(_box(margin + side + 14, 30, 16, side - 40, height))
@@ -280,9 +380,9 @@ def _matrix(
     return svg.draw(name, _WIDTH, height, paint, label=label)
 
 
-def _room(names: Sequence[str], size: float) -> float:
+def _room(names: Sequence[str]) -> float:
     """Pixels that the longest of these tick labels needs, about: the page's font is not known here."""
-    return 12 + size * max(svg.ems(svg.plain(name)) for name in names)
+    return 12 + _FONT * max(svg.ems(svg.plain(name)) for name in names)
 
 
 def _box(left: float, top: float, width: float, height: float, total: float) -> tuple[float, float, float, float]:

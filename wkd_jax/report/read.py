@@ -179,6 +179,8 @@ def read(workdir: str | pathlib.Path) -> Run:
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"{workdir}: no such work directory; give the one that the run was started with")
+    if not (workdir / "config.json").exists():
+        raise FileNotFoundError(f"{workdir}: no run in this directory: it has no config.json")
     records, truncated = _records(workdir / "metrics.jsonl")
     last = max(records, key=lambda record: record["step"], default={"step": 0})
     result, evaluation, pictures, interrelation = (

@@ -71,7 +71,15 @@ def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
             leaves += flat(value, f"{prefix}{key}.")
         else:
-            leaves.append(
-                (f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-            )
+            leaves.append((f"{prefix}{key}", leaf(value)))
     return leaves
+
+
+def leaf(value: Any) -> str:
+    """A setting as text.
+
+    Example:
+      >>> leaf("sgd"), leaf(None), leaf([30, 60])
+      ('sgd', 'null', '[30, 60]')
+    """
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
