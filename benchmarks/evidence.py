@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from wkd_jax import config as config_lib
-from wkd_jax import interrelation, main
+from wkd_jax import config_file, interrelation, main
 from wkd_jax.report import text
 from wkd_jax.report.compare import mean_spread
 
@@ -71,10 +71,10 @@ class Setting:
 
 _ROWS = {method: (method, ()) for method in METHODS}
 _CONFIGS = {
-    "fashion_500": ("Fashion-MNIST, 500 labelled images", "configs/fashion_wkd.py:train_images=500"),
-    "fashion_all": ("Fashion-MNIST, all 60,000 images", "configs/fashion_wkd.py"),
-    "digits_100": ("Digits, 100 labelled images", "configs/digits_wkd.py:pair=r8_half,train_images=100"),
-    "digits_all": ("Digits, all 1,297 images", "configs/digits_wkd.py:pair=r8_half"),
+    "fashion_500": ("Fashion-MNIST, 500 labelled images", "fashion_wkd:train_images=500"),
+    "fashion_all": ("Fashion-MNIST, all 60,000 images", "fashion_wkd"),
+    "digits_100": ("Digits, 100 labelled images", "digits_wkd:pair=r8_half,train_images=100"),
+    "digits_all": ("Digits, all 1,297 images", "digits_wkd:pair=r8_half"),
 }
 SETTINGS = {name: Setting(title, config, _ROWS, ("none", "kd")) for name, (title, config) in _CONFIGS.items()}
 
@@ -106,7 +106,7 @@ SETTINGS |= {
 def trials(setting: Setting, row: str) -> list[tuple[str, ...]]:
     """The overrides of each trial of a row."""
     method, shared = setting.rows[row]
-    raw = main.read_config(_argument(setting, method, 0, "test"))
+    raw = config_file.read_config(_argument(setting, method, 0, "test"))
     out = []
     for factor in FACTORS:
         if method == "none":
@@ -182,7 +182,7 @@ def _result(setting: Setting, method: str, seed: int, split: str, overrides: Seq
     if "interrelation.file=shuffled" in overrides:
         shuffled = _shuffled(setting, split)
         overrides = [f"interrelation.file={shuffled}" if item.endswith("=shuffled") else item for item in overrides]
-    config = main.load_config(_argument(setting, method, seed, split), (*overrides, *SHARED))
+    config = config_file.load_config(_argument(setting, method, seed, split), (*overrides, *SHARED))
     directory = config_lib.default_workdir(config)
     if not (directory / "result.json").exists():
         started = time.monotonic()
@@ -196,7 +196,7 @@ def _result(setting: Setting, method: str, seed: int, split: str, overrides: Seq
 def _shuffled(setting: Setting, split: str) -> pathlib.Path:
     """A file of distances: those that another row's run has, with the classes exchanged."""
     row = "logit_correlation"
-    config = main.load_config(_argument(setting, "wkd_l", 0, split), (*trials(setting, row)[0], *SHARED))
+    config = config_file.load_config(_argument(setting, "wkd_l", 0, split), (*trials(setting, row)[0], *SHARED))
     run, path = config_lib.default_workdir(config), pathlib.Path("runs") / f"shuffled_{split}.npy"
     if not (run / "interrelation.npz").exists():
         _result(setting, "wkd_l", 0, split, trials(setting, row)[0])

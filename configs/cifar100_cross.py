@@ -1,7 +1,7 @@
 """CIFAR-100 at 224 pixels, between convolutional networks and transformers, on OFA-KD's recipe.
 
-    python -m wkd_jax.main --config configs/cifar100_cross.py
-    python -m wkd_jax.main --config configs/cifar100_cross.py:pair=convnext_t_deit_t,method=wkd_f,w_f=0.04
+    python -m wkd_jax.main --config cifar100_cross
+    python -m wkd_jax.main --config cifar100_cross:pair=convnext_t_deit_t,method=wkd_f,w_f=0.04
 
 The first command also makes the teacher: published ImageNet weights, a new classifier, fine-tuned. Later commands find
 it, for every student and method. The data set is prepared once: docs/data.md.

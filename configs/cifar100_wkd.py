@@ -1,7 +1,7 @@
 """CIFAR-100, teacher and student of one family: resnet32x4 -> resnet8x4 and WRN-40-2 -> ShuffleNetV1, the CRD recipe.
 
-    python -m wkd_jax.main --config configs/cifar100_wkd.py
-    python -m wkd_jax.main --config configs/cifar100_wkd.py:pair=wrn40_2_snv1,method=kd,teacher=published
+    python -m wkd_jax.main --config cifar100_wkd
+    python -m wkd_jax.main --config cifar100_wkd:pair=wrn40_2_snv1,method=kd,teacher=published
 
 The first command also trains the teacher; later ones find it. The data set is prepared once: docs/data.md.
 

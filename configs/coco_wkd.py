@@ -1,7 +1,7 @@
 """COCO 2017: Faster R-CNN with FPN, the paper's detection table: WKD-L, WKD-F, both, and every rival.
 
-    python -m wkd_jax.main --config configs/coco_wkd.py:pair=r101_r18,method=wkd_lf,data_dir=/data/coco
-    python -m wkd_jax.main --config configs/coco_wkd.py:pair=r50_mv2,method=dkd+reviewkd,source=tfds,test_json=val.json
+    python -m wkd_jax.main --config coco_wkd:pair=r101_r18,method=wkd_lf,data_dir=/data/coco
+    python -m wkd_jax.main --config coco_wkd:pair=r50_mv2,method=dkd+reviewkd,source=tfds,test_json=val.json
 
 Arguments:
   pair        r101_r18 (the default), r50_mv2 or r101_r50

@@ -1,8 +1,8 @@
 """A resnet8x4 teacher, a resnet8 student, WKD-L + WKD-F, on 1,797 handwritten digits. Minutes on a laptop.
 
-    python -m wkd_jax.main --config configs/digits_wkd.py
-    python -m wkd_jax.main --config configs/digits_wkd.py:method=kd,train_images=300
-    python -m wkd_jax.compare --config configs/digits_wkd.py --methods none kd wkd_l wkd_f wkd_l+wkd_f --seeds 5
+    python -m wkd_jax.main --config digits_wkd
+    python -m wkd_jax.main --config digits_wkd:method=kd,train_images=300
+    python -m wkd_jax.compare --config digits_wkd --methods none kd wkd_l wkd_f wkd_l+wkd_f --seeds 5
 
 Arguments:
   method        any of wkd_jax's methods (`METHODS` below), or a sum; default wkd_l+wkd_f

@@ -1,8 +1,8 @@
 """A resnet8 teacher, a student of half its width, on Fashion-MNIST: 70,000 images of ten kinds of clothes.
 
     python -m wkd_jax.data prepare fashion_mnist --from DIRECTORY-OF-THE-IDX-FILES
-    python -m wkd_jax.main --config configs/fashion_wkd.py
-    python -m wkd_jax.main --config configs/fashion_wkd.py:method=kd,train_images=500
+    python -m wkd_jax.main --config fashion_wkd
+    python -m wkd_jax.main --config fashion_wkd:method=kd,train_images=500
 
 Debian's package dataset-fashion-mnist has the files, in /usr/share/datasets/fashion-mnist.
 

@@ -1,8 +1,8 @@
 """ImageNet, ResNet-34 -> ResNet-18: the paper's ablations of WKD-L and WKD-F.
 
-    python -m wkd_jax.main --config configs/imagenet_ablation.py:interrelation=cka_rbf
-    python -m wkd_jax.main --config configs/imagenet_ablation.py:separation=no
-    python -m wkd_jax.main --config configs/imagenet_ablation.py:features=gaussian_kl
+    python -m wkd_jax.main --config imagenet_ablation:interrelation=cka_rbf
+    python -m wkd_jax.main --config imagenet_ablation:separation=no
+    python -m wkd_jax.main --config imagenet_ablation:features=gaussian_kl
 
 Arguments:
   interrelation  of WKD-L's classes: cka_linear (the default), cka_polynomial, cka_rbf, prototypes or classifier

@@ -1,7 +1,7 @@
 """ImageNet: the rivals of WKD on ResNet-34 -> ResNet-18 and ResNet-50 -> MobileNetV1, each by its own published recipe.
 
-    python -m wkd_jax.main --config configs/imagenet_baselines.py
-    python -m wkd_jax.main --config configs/imagenet_baselines.py:pair=r50_mv1,method=reviewkd,recipe=wkd
+    python -m wkd_jax.main --config imagenet_baselines
+    python -m wkd_jax.main --config imagenet_baselines:pair=r50_mv1,method=reviewkd,recipe=wkd
     python -m wkd_jax.compare --table imagenet_r34_r18
 
 Arguments:

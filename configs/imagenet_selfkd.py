@@ -1,8 +1,8 @@
 """ImageNet: ResNet-18 without a larger teacher, the paper's self-distillation table.
 
-    python -m wkd_jax.main --config configs/imagenet_selfkd.py
-    python -m wkd_jax.main --config configs/imagenet_selfkd.py:generations=2,s0=torchvision
-    python -m wkd_jax.main --config configs/imagenet_selfkd.py:method=uskd
+    python -m wkd_jax.main --config imagenet_selfkd
+    python -m wkd_jax.main --config imagenet_selfkd:generations=2,s0=torchvision
+    python -m wkd_jax.main --config imagenet_selfkd:method=uskd
 
 With WKD-L, KD, BAN and Tf-KD's first form the network is its own teacher (born-again networks). Generation 0 (S0)
 learns from labels alone; every later one is a new network of the same shape, from scratch and with a seed of its own,

@@ -1,7 +1,7 @@
 """ImageNet: ResNet-34 -> ResNet-18 and ResNet-50 -> MobileNetV1 with WKD-L, WKD-F and both, the paper's main table.
 
-    python -m wkd_jax.main --config configs/imagenet_wkd.py
-    python -m wkd_jax.main --config configs/imagenet_wkd.py:pair=r50_mv1,method=wkd_l,source=folder,data_dir=/data/in1k
+    python -m wkd_jax.main --config imagenet_wkd
+    python -m wkd_jax.main --config imagenet_wkd:pair=r50_mv1,method=wkd_l,source=folder,data_dir=/data/in1k
 
 Arguments:
   pair      r34_r18 (the default) or r50_mv1

@@ -1,14 +1,17 @@
 """Defaults, unknown keys, types and ranges."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import ml_collections
 import pytest
 
 from tests import contract_test as contract
 from wkd_jax import config as config_lib
-from wkd_jax import main, registry
+from wkd_jax import config_file, main, registry
 from wkd_jax.training import build
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("[a-z]*_*.py"))
@@ -120,7 +123,19 @@ def test_validation_is_kept_from_test_images(file):
 @pytest.mark.parametrize(
     ("argument", "overrides", "message"),
     [
-        ("configs/nowhere.py", [], r"configs/nowhere.py: there is no such file"),
+        (
+            "configs/nowhere.py",
+            [],
+            r"configs/nowhere.py: there is no such file, nor a built-in config: Built in:\n  cifar100_c",
+        ),
+        ("nowhere/digits_wkd.py", [], r"nowhere/digits_wkd.py: there is no such file, .*: did you mean 'digits_wkd'\?"),
+        (
+            "imagenet_wdk:method=kd",
+            [],
+            r"imagenet_wdk: there is no such file, .*: did you mean 'imagenet_wkd'\? Built in:\n",
+        ),
+        ("common", [], r"common: there is no such file"),
+        ("digits_wkd:methd=kd", [], r"'methd': did you mean 'method'"),
         ("configs/digits_wkd.py:methd=kd", [], r"'methd': did you mean 'method'"),
         ("configs/digits_wkd.py:method=wkd_k", [], r"method=wkd_k: did you mean 'wkd_"),
         ("configs/digits_wkd.py:seed=1,seed=2", [], r"'seed=2': seed is given twice, 1 before"),
@@ -134,6 +149,32 @@ def test_validation_is_kept_from_test_images(file):
 def test_bad_command_lines(argument, overrides, message):
     with pytest.raises(ValueError, match=message):
         main.load_config(argument, overrides)
+
+
+def test_built_in_configs_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [*config_file.builtin().values()] == CONFIGS
+    named = config_file.load_config("digits_wkd:method=kd", ["seed=5"])
+    assert named == config_file.load_config(f"{CONFIGS[0].parent / 'digits_wkd.py'}:method=kd", ["seed=5"])
+    (tmp_path / "mine").touch()
+    with pytest.raises(ValueError, match="--config mine: the name of a config file ends in .py"):
+        config_file.read_config("mine:x")
+
+
+def test_a_copy_of_a_built_in_config_works_anywhere(tmp_path):
+    """It finds what the original imports; a folder called configs that holds it, without more, is not in the way."""
+    (tmp_path / "configs").mkdir()
+    copy = tmp_path / "configs" / "mine.py"
+    copy.write_text(CONFIGS[-1].read_text())
+    root = str(CONFIGS[0].parents[1])
+    program = (
+        f"import sys\nsys.path.insert(0, {root!r})\nfrom wkd_jax import config_file\nsys.path.remove({root!r})\n"
+        "before = sys.path[:]\nprint(config_file.read_config('configs/mine.py')['name'])\nassert sys.path == before"
+    )
+    environment = {**os.environ, "PYTHONPATH": "", "JAX_PLATFORMS": "cpu"}
+    run = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", program], **run)
+    assert done.returncode == 0 and done.stdout.startswith("imagenet_"), done.stderr
 
 
 def test_differences_name_the_keys():

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from wkd_jax import config as config_lib
-from wkd_jax import main, registry, weights
+from wkd_jax import config_file, main, registry, weights
 from wkd_jax.models import functional
 from wkd_jax.training import build, checkpoint, metrics, preemption, workdir
 from wkd_jax.types import Normalisation
@@ -142,7 +142,7 @@ def test_what_is_wrong_is_said_before_anything_compiles(home, tmp_path, capsys, 
 
 
 def test_a_classifier_does_not_detect(home):
-    config = main.read_config(f"{home / 'config.py'}:alone")
+    config = config_file.read_config(f"{home / 'config.py'}:alone")
     config["student"] = {"name": "resnet8"}
     with pytest.raises(ValueError, match="the student resnet8 is a network for classification"):
         build.plan(config_lib.resolve(config))

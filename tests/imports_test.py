@@ -7,14 +7,14 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "wkd_jax"
 RUNGS = [
-    {"__init__", "types", "config", "registry", "cache"},
+    {"__init__", "types", "config", "config_file", "command", "extras", "registry", "cache"},
     {"losses"},
     {"models", "data"},
     {"evaluation"},
     {"methods", "tasks", "weights", "interrelation"},
     {"training"},
     {"report"},
-    {"main", "__main__"},
+    {"main", "configs", "__main__"},
     {"compare"},
 ]
 LEVEL = {name: level for level, names in enumerate(RUNGS) for name in names}

@@ -1,20 +1,25 @@
-"""Command line: runs, or collects, several methods and seeds of one config file, and makes one table of them.
+"""Command line: runs, or collects, several methods and seeds of one config, and makes one table of them.
 
-    python -m wkd_jax.compare --config FILE[:key=value,...] --methods NAME ... --seeds N [--baseline NAME] [--collect]
-                              [--runs DIR ...] [--out DIR] [--config.KEY=VALUE ...]
-    python -m wkd_jax.compare --table NAME[:key=value,...] [--runs DIR ...] [--out DIR]
+    python -m wkd_jax.compare --config CONFIG[:key=value,...] --methods NAME ... --seeds N [--config.KEY=VALUE ...]
+    python -m wkd_jax.compare --table NAME[:key=value,...]
 
-The config file is given `method=NAME,seed=S` besides its other arguments. Every run lives where `wkd_jax.main` has it:
-one that is finished is collected, one that was stopped goes on, teachers are shared, and the same command again goes on
-where it ended. Overrides of a method's or the teacher's settings go to the rows that have it. Runs are made one
-after the other in this process; those of several hosts are made with `wkd_jax.main` and then collected.
+CONFIG and overrides are those of `python -m wkd_jax.main`. The config is given `method=NAME,seed=S` besides its other
+arguments. Every run lives where that command has it: one that is finished is collected, one that was stopped goes on,
+teachers are shared, and the same command again goes on where it ended. Overrides of a method's or the teacher's
+settings go to the rows that have it. Runs are made one after the other in this process; those of several hosts are made
+with `python -m wkd_jax.main` and then collected.
 
 Curves, classes and config differences of any runs, on one page: `python -m wkd_jax.report RUN RUN ...`.
 
 A table of the paper is printed beside the runs that are there for its rows, with any seed; it runs nothing.
 
+    python -m wkd_jax.compare --config digits_wkd --methods none kd wkd_l+wkd_f --seeds 5
+    python -m wkd_jax.compare --table imagenet_r34_r18
+
+The table is printed, and written to --out as table.md, table.csv (every number of every run) and plot.svg.
+
 Exit codes: 0 done; 1 an error, or some runs failed (the table says which and why; the same command tries them again);
-75 preempted, 130 interrupted: the same command goes on.
+2 the command line is wrong; 75 preempted, 130 interrupted: the same command goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ from typing import Any
 from wkd_jax import config as config_lib
 from wkd_jax import main as main_lib
 from wkd_jax import registry
+from wkd_jax.command import Parser, names, overrides_of
+from wkd_jax.config_file import builtin, load_config, read_config
 from wkd_jax.report import compare, dots, runs
 from wkd_jax.report.compare import FAILED, FINISHED, MISSING, UNFINISHED, Entry
 from wkd_jax.report.published import TABLES
@@ -62,20 +69,17 @@ class Wanted:
         return Entry(self.method, self.seed, place, FINISHED, result=found.result, step_ms=times)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m wkd_jax.compare") -> int:
     """Entry point; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m wkd_jax.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Published tables: {', '.join(TABLES)}.",
-        allow_abbrev=False,
-    )
+    epilog = f"{names('Published tables', TABLES)}\n{names('Built-in configs', builtin())}"
+    parser = Parser(prog=prog, description=__doc__, epilog=epilog)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", help="config file, with its arguments after a colon; it takes method and seed")
     what.add_argument(
-        "--table", help="a table of the paper, beside the runs found for it; arguments go to the rows' config files"
+        "--config", help="a file or a built-in config's name, with arguments after a colon; it takes method and seed"
+    )
+    what.add_argument(
+        "--table", help="a table of the paper, beside the runs found for it; arguments go to the rows' configs"
     )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of the table, such as kd or wkd_l+wkd_f")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each method: seeds 0 to N - 1")
@@ -86,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="DIR", help="where the table goes; default: compare/ and a name derived")
     args, rest = parser.parse_known_args(argv)
-    overrides = main_lib.overrides_of(parser, rest)
+    overrides = overrides_of(parser, rest)
     if args.table:
         if args.methods or args.seeds is not None or args.baseline or args.collect or overrides:
             parser.error("--table takes --runs and --out alone: its rows are those of the paper, and it runs nothing")
@@ -96,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--seeds must be 1 or more, and each of --methods given once")
     elif args.baseline and args.baseline not in args.methods:
         parser.error(f"--baseline {args.baseline}: not one of --methods {' '.join(args.methods)}")
-    command = shlex.join(["python", "-m", "wkd_jax.compare", *argv])
+    command = shlex.join([*prog.split(), *argv])
     work = (lambda: _published(args, command)) if args.table else (lambda: _compare(args, overrides, command))
     return main_lib.guarded(work, show_traceback=False)
 
@@ -144,12 +148,12 @@ def plan(argument: str, methods: Sequence[str], seeds: int, overrides: Sequence[
         raise ValueError(f"{min(taken)}: comes from --methods and --seeds, so it cannot be set otherwise")
     wanted, used, names = [], set(), {}
     for method in methods:
-        raw = main_lib.read_config(_with(argument, f"method={method},seed=0"))
+        raw = read_config(_with(argument, f"method={method},seed=0"))
         chosen = [override for override in overrides if _concerns(override, raw)]
         used.update(chosen)
         for seed in range(seeds):
             own = f"method={method},seed={seed}"
-            config = main_lib.load_config(_with(argument, own), chosen)
+            config = load_config(_with(argument, own), chosen)
             if other := names.get(runs.key(config)):
                 raise ValueError(
                     f"--config {argument}: {other} and {own} give the same run; its get_config has to make something "
@@ -163,7 +167,7 @@ def plan(argument: str, methods: Sequence[str], seeds: int, overrides: Sequence[
 
 
 def _with(argument: str, more: str) -> str:
-    """The argument of --config with further arguments for the file."""
+    """The argument of --config with further arguments for the config."""
     path, _, given = argument.partition(":")
     return f"{path}:{','.join(filter(None, (given, more)))}"
 
@@ -219,8 +223,6 @@ def _published(args: argparse.Namespace, command: str) -> int:
     name, _, arguments = args.table.partition(":")
     if name not in TABLES:
         raise ValueError(f"--table: {registry.unknown('table', name, TABLES)}")
-    if not pathlib.Path("configs").is_dir():
-        raise ValueError("--table: there is no configs/ here; run it where the repository's configs are")
     own = _keys(",".join(row.config.partition(":")[2] for row in TABLES[name].rows if row.config))
     if taken := own & _keys(arguments):
         raise ValueError(f"--table {args.table}: {min(taken)} belongs to the rows of the table: leave it out")
@@ -231,7 +233,7 @@ def _published(args: argparse.Namespace, command: str) -> int:
         argument = _with(row.config, arguments)
         commands[row.name] = f"python -m wkd_jax.main --config {argument}"
         try:
-            config = main_lib.load_config(argument)
+            config = load_config(argument)
         except ValueError as error:
             notes.append(f"{row.name}: no config, so no runs: {error}")
             continue

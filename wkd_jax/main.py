@@ -1,18 +1,32 @@
-"""Command line: runs a config file, from data to report.
+"""Command line: runs a config file, from data to report: trains the teacher if need be, distils the student, evaluates.
 
-    python -m wkd_jax.main --config FILE[:key=value,...] [--config.KEY=VALUE ...] [--workdir DIR]
-                           [--check] [--distributed]
+    python -m wkd_jax.main --config CONFIG[:key=value,...] [--config.KEY=VALUE ...] [--workdir DIR] [--check]
 
-The same command continues a run that was stopped, and shows the report of one that is done. Exit codes: 0 done; 1 an
-error that starting again does not mend; 75 preempted, or another process was lost: start again.
+CONFIG is a Python file or the name of a built-in config: `python -m wkd_jax.configs` lists those, and with a name shows
+what arguments go after the colon. --config.KEY=VALUE changes any key of it, VALUE a Python literal or else a string;
+`python -m wkd_jax.configs CONFIG --keys` prints every key with its value and meaning.
+
+    python -m wkd_jax.main --config digits_wkd                                      minutes on two CPU cores
+    python -m wkd_jax.main --config digits_wkd:method=kd --config.optimizer.learning_rate=0.02 --config.epochs=5
+    python -m wkd_jax.main --config imagenet_wkd:data_dir=/data/tfds --check        look before you leap
+    python -m wkd_jax.main --config my/config.py --workdir runs/mine
+
+The same command continues a run that was stopped, and shows the report of one that is done. The work directory gets the
+resolved config.json, metrics.jsonl, TensorBoard files, checkpoints/, result.json and report.html; a teacher that is
+trained first has a directory of its own, beside it or, with --workdir, in it.
+
+Exit codes: 0 done; 1 an error that starting again does not mend; 2 the command line is wrong; 75 preempted, or another
+process was lost: start again; 130 interrupted.
+
+Environment: WKD_JAX_CACHE, class similarities and downloads (~/.cache/wkd_jax); TFDS_DATA_DIR, data sets of TensorFlow
+Datasets (~/tensorflow_datasets); JAX_COMPILATION_CACHE_DIR, where JAX keeps compiled programs for the next start
+(nowhere); JAX_PLATFORMS, cpu, cuda or tpu (the best there is).
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
-import importlib.util
 import os
 import pathlib
 import sys
@@ -24,68 +38,9 @@ import jax
 
 from wkd_jax import config as config_lib
 from wkd_jax import report
+from wkd_jax.command import Parser, names, overrides_of
+from wkd_jax.config_file import builtin, load_config
 from wkd_jax.training import build, loop, preemption, preflight, processes, workdir
-
-
-def load_config(argument: str, overrides: Sequence[str] = ()) -> Mapping[str, Any]:
-    """Loads and resolves a config file.
-
-    Args:
-      argument: "path/to/file.py" or "path/to/file.py:arguments"; the arguments go to the file's `get_config`.
-      overrides: "optimizer.learning_rate=0.1" and the like, applied to what the file returned. Values are Python
-        literals; what is not a literal is a string.
-
-    Raises:
-      ValueError: If there is no such file, or anything in it or in an override is not valid.
-    """
-    config = read_config(argument)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"--config.{override}: write --config.{key}=VALUE")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        *sections, leaf = key.split(".")
-        node = config
-        if sections[:1] == ["methods"] and len(sections) > 1 and sections[1] not in config.get("methods", {}):
-            raise ValueError(f"--config.{override}: this run does not use {sections[1]}; choose it as a method first")
-        for section in sections:
-            if not isinstance(node.setdefault(section, {}), dict):
-                raise ValueError(f"--config.{override}: {section} is {node[section]!r}, not a section")
-            node = node[section]
-        node[leaf] = value
-    return config_lib.resolve(config)
-
-
-def read_config(argument: str) -> dict[str, Any]:
-    """What a config file's `get_config` returns, as plain dicts: before overrides and defaults.
-
-    Args:
-      argument: As of `load_config`.
-
-    Raises:
-      ValueError: If there is no such file, it cannot be loaded, or it refuses the arguments.
-    """
-    name, _, arguments = argument.partition(":")
-    path = pathlib.Path(name)
-    if not path.is_file():
-        raise ValueError(f"--config {path}: there is no such file")
-    # Config files import what they share from beside them.
-    sys.path.insert(0, str(path.absolute().parent.parent))
-    try:
-        spec = importlib.util.spec_from_file_location("wkd_jax_config", path)
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except (ImportError, SyntaxError, NameError) as error:
-        raise ValueError(f"--config {path}: cannot be loaded: {error}") from error
-    finally:
-        sys.path.pop(0)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"--config {path}: has no get_config(argument) that returns the config")
-    config = module.get_config(arguments)
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
 def chain(
@@ -135,13 +90,6 @@ def make(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: 
     return path
 
 
-def overrides_of(parser: argparse.ArgumentParser, rest: Sequence[str]) -> list[str]:
-    """The "key=value" of each --config.key=value, which is all that may be left of a command line."""
-    if unknown := [item for item in rest if not item.startswith("--config.")]:
-        parser.error(f"unknown argument {unknown[0]!r}")
-    return [item.removeprefix("--config.") for item in rest]
-
-
 def guarded(work: Callable[[], int], *, show_traceback: bool) -> int:
     """The exit code of a command's work, see the file's head; what it raises becomes a line on standard error."""
     try:
@@ -160,12 +108,12 @@ def guarded(work: Callable[[], int], *, show_traceback: bool) -> int:
         return _exit(code, f"error: {error}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m wkd_jax.main") -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m wkd_jax.main", description="Distil a teacher into a student.", allow_abbrev=False
+    parser = Parser(prog=prog, description=__doc__, epilog=names("Built-in configs", builtin()))
+    parser.add_argument(
+        "--config", required=True, help="a file or a built-in config's name, with arguments for it after a colon"
     )
-    parser.add_argument("--config", required=True, help="config file, with its arguments after a colon")
     parser.add_argument("--workdir", help="where the run lives; default: runs/ and a name derived from the config")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     parser.add_argument(

@@ -170,7 +170,7 @@ def test_without_tensorflow(tmp_path, run, monkeypatch):
     monkeypatch.setattr(module, "_can_build", lambda: False)
     _, error = run("prepare", "imagenet2012", "--data_dir", tmp_path, code=1)
     assert "TFDS needs TensorFlow to build imagenet2012/5.1.0; training does not" in error
-    assert "pip install tensorflow" in error
+    assert "pip install 'wkd-jax[prepare]'" in error
     assert f"repeat: python -m wkd_jax.data prepare imagenet2012 --data_dir {tmp_path}\n" in error
 
 

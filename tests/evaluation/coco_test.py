@@ -10,6 +10,7 @@ import pytest
 
 from wkd_jax.data import coco_json
 from wkd_jax.evaluation import coco
+from wkd_jax.tasks.detection import Detection
 
 IMAGES, SLOTS, CLASSES = 40, 150, len(drawn_coco.CATEGORIES)
 
@@ -270,5 +271,9 @@ def test_evaluate_refuses_results_of_another_set_and_unknown_evaluators(truth):
 
 def test_a_missing_evaluator_is_named_with_the_remedy(truth, monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    with pytest.raises(ValueError, match="backend='faster_coco_eval' is not installed .*pip install faster-coco-eval"):
+    with pytest.raises(
+        ValueError, match=r"needs faster_coco_eval, which is not installed .*pip install 'wkd-jax\[detection\]'"
+    ):
         coco.evaluate([], truth)
+    with pytest.raises(ValueError, match="needs faster_coco_eval"):  # before anything is trained
+        Detection(Detection.DEFAULTS, truth)

@@ -1,9 +1,13 @@
-"""Command line: data sets.
+"""Command line: prepares data sets for training, once, and says what is wrong with them.
 
-python -m wkd_jax.data prepare imagenet2012 --data_dir DIR [--manual_dir D]
-python -m wkd_jax.data prepare fashion_mnist --from DIR-OF-IDX-FILES [--data_dir DIR]
-python -m wkd_jax.data prepare folder --data_dir DIR [--from ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar]
-python -m wkd_jax.data check NAME-or-DIR [--decode]
+    python -m wkd_jax.data prepare imagenet2012 --data_dir DIR [--manual_dir D]
+    python -m wkd_jax.data prepare fashion_mnist --from DIRECTORY-OF-IDX-FILES [--data_dir DIR]
+    python -m wkd_jax.data prepare folder --data_dir DIR [--from ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar]
+    python -m wkd_jax.data check NAME-or-DIR [--decode]
+
+`prepare --help` and `check --help` have the arguments. Exit codes: 0 done; 1 an error, or something is wrong with the
+data; 2 the command line is wrong. Environment: TFDS_DATA_DIR, where sets of TensorFlow Datasets are
+(~/tensorflow_datasets); WKD_JAX_CACHE, for what cannot be written beside the data (~/.cache/wkd_jax).
 """
 
 from __future__ import annotations
@@ -12,13 +16,34 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
+from wkd_jax.command import Parser
 from wkd_jax.data.prepare import prepare
 from wkd_jax.data.unpack import unpack
 
+_PREPARE = """Makes a data set readable for training, doing what is not done yet.
 
-def main(argv: Sequence[str] | None = None) -> int:
+A set of TensorFlow Datasets is built (which alone needs TensorFlow: pip install 'wkd-jax[prepare]'), converted if its
+files are TFRecord, or written from idx files, which MNIST's kind of set comes as; it gets an index of its labels.
+`folder` unpacks ImageNet's archives into class folders, and sorts a val folder that has none.
+
+    %(prog)s cifar100
+    %(prog)s fashion_mnist --from /usr/share/datasets/fashion-mnist
+    %(prog)s imagenet2012 --data_dir /data/tfds --manual_dir /data/archives
+    %(prog)s folder --data_dir /data/imagenet --from ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar
+
+Exit codes: 0 the set is ready; 1 an error, which says what to do; the same command does what is left."""
+
+_CHECK = """Says what a data set holds and what is wrong with it.
+
+    %(prog)s imagenet2012 --data_dir /data/tfds
+    %(prog)s /data/imagenet --decode
+
+Exit codes: 0 all is well; 1 anything is wrong."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m wkd_jax.data") -> int:
     """Entry point; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = _parser(prog).parse_args(argv)
     try:
         for line in args.run(args):
             sys.stdout.write(f"{line}\n")
@@ -29,16 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m wkd_jax.data", description="Data sets.")
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     making = commands.add_parser(
         "prepare",
         help="make a data set readable for training",
-        description="Does what is not done yet. A set of TensorFlow Datasets is built (which alone needs TensorFlow), "
-        "converted if its files are TFRecord, or written from idx files (MNIST's kind), and gets an index of its "
-        "labels. `folder` unpacks ImageNet's archives into class folders, and sorts a val folder that has none.",
+        description=_PREPARE,
     )
     making.add_argument("dataset", help="as TensorFlow Datasets writes it, name[/config][:version]; or: folder")
     making.add_argument("--data_dir", help="where prepared sets are; default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
@@ -57,12 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     looking = commands.add_parser(
         "check",
         help="say what a data set holds and what is wrong with it",
-        description="Exit code 1 if anything is wrong.",
+        description=_CHECK,
     )
     looking.add_argument("source", metavar="NAME-or-DIR", help="a set of TensorFlow Datasets, or a folder")
-    looking.add_argument("--data_dir", help="where the set of that name was prepared")
-    looking.add_argument("--train_split", default="train", help="of image folders; default: train")
-    looking.add_argument("--test_split", default="val", help="of image folders; default: val")
+    looking.add_argument(
+        "--data_dir", help="where the set of that name was prepared; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"
+    )
+    looking.add_argument("--train_split", default="train", help="folder of the training images; default: train")
+    looking.add_argument("--test_split", default="val", help="folder of the test images; default: val")
     looking.add_argument("--image_key", default="image", help="feature that holds the image; default: image")
     looking.add_argument("--label_key", default="label", help="feature that holds the class label; default: label")
     looking.add_argument("--decode", action="store_true", help="decode every image, and name those that cannot be")

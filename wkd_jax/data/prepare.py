@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from wkd_jax import extras
 from wkd_jax.data import convert, idx, labels
 
 ARCHIVES = {"imagenet2012": {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}}
@@ -127,7 +128,7 @@ def _build(builder: Any, dataset: str, data_dir: str | None, manual_dir: str | N
     if not _can_build():
         raise ValueError(
             f"TFDS needs TensorFlow to build {builder.info.full_name}; training does not. Here, or where --data_dir "
-            f"can be reached too: pip install tensorflow importlib_resources, and then repeat: {repeat}"
+            f"can be reached too: {extras.install('prepare')}, and then repeat: {repeat}"
         )
     # The archives' images are copied as they are, so that the set is about as large as they are.
     archives = sum(ARCHIVES.get(builder.name, {}).values())

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from wkd_jax import extras
 from wkd_jax.data.coco_json import Instances
 from wkd_jax.registry import unknown
 
@@ -111,7 +112,7 @@ def evaluate(
     References:
       Lin et al., Microsoft COCO: Common Objects in Context, arXiv 1405.0312; its detection evaluation page.
     """
-    coco, evaluator = _backend(backend)
+    coco, evaluator = load_backend(backend)
     known_images, known_categories = set(truth.image_ids.tolist()), {key for key, _ in truth.categories}
     for result in results:
         if result["image_id"] not in known_images or result["category_id"] not in known_categories:
@@ -159,8 +160,12 @@ def _percent(value: float) -> float:
     return 100.0 * float(value) if value >= 0 else -1.0
 
 
-def _backend(name: str) -> tuple[Any, Any]:
-    """(index of annotations, evaluator), classes of a backend. Neither logs."""
+def load_backend(name: str = "faster_coco_eval") -> tuple[Any, Any]:
+    """(index of annotations, evaluator), classes of a backend. Neither logs.
+
+    Raises:
+      ValueError: If there is no such backend, or it is not installed.
+    """
     if name not in BACKENDS:
         raise ValueError(unknown("backend", name, BACKENDS))
     try:
@@ -171,8 +176,8 @@ def _backend(name: str) -> tuple[Any, Any]:
             return COCO, COCOeval
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as error:
-        package = name.replace("_", "-")
-        raise ValueError(f"backend={name!r} is not installed ({error}): pip install {package}") from error
+        remedy = extras.install("detection") if name == "faster_coco_eval" else f"pip install {name}"
+        raise ValueError(f"COCO evaluation needs {name}, which is not installed ({error}): {remedy}") from error
 
     def silent(*_: object) -> None:
         """In place of its logging."""

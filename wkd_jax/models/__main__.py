@@ -1,11 +1,17 @@
 """Command line: lists the networks.
 
-python -m wkd_jax.models [NAME ...] [--num_classes C] [--image_size H W]
+    python -m wkd_jax.models
+    python -m wkd_jax.models resnet18 mobilenetv2 --num_classes 10 --image_size 64 64
+
+A line each: trained parameters, multiply-adds of one image, taps as name channels/stride (a tap of tokens has t after
+it, a signed one +-), and what publishers of weights report: top-1 / top-5, or box AP of detectors, whose classes
+include the background. A config takes the names as student.name, and their other arguments beside it.
+
+Exit codes: 0 done; 1 if there is no such network, or not of that size.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from collections.abc import Sequence
@@ -13,6 +19,7 @@ from collections.abc import Sequence
 from flax import nnx
 
 from wkd_jax import registry
+from wkd_jax.command import Parser
 from wkd_jax.models import cost
 from wkd_jax.types import ModelInfo
 from wkd_jax.weights.public import PUBLIC
@@ -20,24 +27,22 @@ from wkd_jax.weights.public import PUBLIC
 WIDTHS = (28, 7, 11, 11, 7, 43, 0)  # of the columns
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m wkd_jax.models") -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m wkd_jax.models",
-        description="List the networks: trained parameters, multiply-adds of one image, taps as name channels/stride "
-        "(a tap of tokens has t after it, a signed one +-), and what publishers of weights report: top-1 / top-5, or "
-        "box AP of detectors, whose classes include the background.",
-    )
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="networks to list; default: all")
     parser.add_argument(
-        "--num_classes", type=int, help="default: that of the published weights, 81 of detectors, or 100"
+        "--num_classes",
+        type=int,
+        metavar="C",
+        help="rows of the classifier; default: those of the published weights, 81 of detectors, or 100",
     )
     parser.add_argument(
         "--image_size",
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="default: 224, 32 of CIFAR nets, 800 x 1344 of detectors",
+        help="pixels; default: 224 x 224, 32 x 32 of CIFAR nets, 800 x 1344 of detectors",
     )
     args = parser.parse_args(argv)
     try:

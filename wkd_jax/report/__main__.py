@@ -21,18 +21,16 @@ Exit codes: 0 done; 1 a directory holds no run, is given twice, or a file in it 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from wkd_jax import report
+from wkd_jax.command import Parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m wkd_jax.report") -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m wkd_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="work directory of a run, such as runs/NAME-1a2b3c4d")
     parser.add_argument(
         "--out",

@@ -155,7 +155,7 @@ def _imagenet(pair: str, column: int, title: str, teacher: tuple[float, float]) 
             continue
         top1, *top5 = numbers[column]
         file = "imagenet_wkd" if (method or "").startswith("wkd") else "imagenet_baselines"
-        config = f"configs/{file}.py:pair={pair},method={method}" if method else None
+        config = f"{file}:pair={pair},method={method}" if method else None
         rows.append(Row(name, top1, top5, config=config))
     source = f"{_PAPER}. WKD's numbers are of the best epoch, as its released code reports."
     return Table(f"ImageNet, {title}", source, rows)
@@ -163,7 +163,7 @@ def _imagenet(pair: str, column: int, title: str, teacher: tuple[float, float]) 
 
 def _cross(pair: str) -> Table:
     (title, teacher, student), numbers = _CROSS[pair]
-    config = f"configs/cifar100_cross.py:pair={pair},method="
+    config = f"cifar100_cross:pair={pair},method="
     rows = [Row("teacher", teacher, teacher=True), Row("student", student, config=f"{config}none")]
     for name, method, number in zip(_CROSS_NAMES, _CROSS_METHODS, numbers, strict=True):
         top1, spread = number if isinstance(number, tuple) else (number, None)
@@ -174,7 +174,7 @@ def _cross(pair: str) -> Table:
 def _cifar(pair: str, column: int, title: str, teacher: float) -> Table:
     rows = [Row("teacher", teacher, teacher=True)]
     rows += [
-        Row(name, numbers[column], config=f"configs/cifar100_wkd.py:pair={pair},method={method}")
+        Row(name, numbers[column], config=f"cifar100_wkd:pair={pair},method={method}")
         for name, method, *numbers in _CIFAR
         if numbers[column] is not None
     ]
@@ -186,7 +186,7 @@ def _cifar(pair: str, column: int, title: str, teacher: float) -> Table:
 
 
 def _selfkd() -> Table:
-    config = "configs/imagenet_selfkd.py:method="
+    config = "imagenet_selfkd:method="
     rows = (
         Row("standard", 69.75, config=f"{config}none"),
         Row("Tf-KD", 70.14, config=f"{config}tf_kd_self"),
@@ -200,7 +200,7 @@ def _selfkd() -> Table:
 
 
 def _coco(pair: str, column: int, title: str, source: str) -> Table:
-    config = f"configs/coco_wkd.py:pair={pair},method="
+    config = f"coco_wkd:pair={pair},method="
     rows = [
         Row(name, value[0], value[1:], teacher=method is None, config=method and config + method)
         for name, method, *numbers in _COCO

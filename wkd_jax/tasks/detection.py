@@ -40,7 +40,8 @@ class Detection:
     METRIC: ClassVar[str] = "student_AP"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for values out of range."""
+        """Raises ValueError for values out of range, and, before anything is trained, if nothing can compute AP."""
+        coco.load_backend()
         for key in ("label_weight", "smooth_l1_beta"):
             if self.config[key] < 0:
                 raise ValueError(f"task.{key}={self.config[key]}: must be 0 or more")

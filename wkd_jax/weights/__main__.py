@@ -1,8 +1,11 @@
 """Command line: weights in and out.
 
-python -m wkd_jax.weights list
-python -m wkd_jax.weights import SOURCE --model resnet34 --out DIR
-python -m wkd_jax.weights export RUN --to torch --out student.safetensors
+    python -m wkd_jax.weights list
+    python -m wkd_jax.weights import SOURCE --out DIR [--model resnet34]
+    python -m wkd_jax.weights export RUN --to torch --out student.safetensors
+
+`import --help` and `export --help` have the arguments. Exit codes: 0 done; 1 an error, nothing was written; 2 the
+command line is wrong. Environment: WKD_JAX_CACHE, where downloads are kept (~/.cache/wkd_jax).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any, Literal
 
 from wkd_jax import config as config_lib
 from wkd_jax import registry, weights
+from wkd_jax.command import Parser
 from wkd_jax.training.teacher import read_run
 from wkd_jax.types import Normalisation, Params
 from wkd_jax.weights import export, match, public
@@ -26,9 +30,34 @@ NORMALISATIONS = {"imagenet": public.IMAGENET, "inception": public.INCEPTION, "c
 FORMATS = ("torch", "flax", "orbax", "serving")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+_LIST = """Lists published weights by the names that `import` and configs (teacher.weights, init.weights) take.
+
+    %(prog)s
+
+A line each: name, network, what it was trained on, its publisher's top-1 / top-5 or box AP in %%, where it is."""
+
+_IMPORT = """Turns somebody's file into a directory that configs take as teacher.weights or init.weights.
+
+Reads PyTorch (.pth, .pt, .pkl), safetensors and Google's .npz files; nothing in them is run. Downloads are kept in
+$WKD_JAX_CACHE.
+
+    %(prog)s resnet34.tv_in1k --out teachers/resnet34
+    %(prog)s mine.pth --model resnet18 --num_classes 37 --normalisation imagenet --out teachers/mine
+    python -m wkd_jax.main --config imagenet_wkd --config.teacher.weights=teachers/resnet34
+
+Exit codes: 0 done; 1 if the file cannot be read, does not fit, or --out is there already."""
+
+_EXPORT = """Writes the student of a finished run, or imported weights, for others.
+
+    %(prog)s runs/mine --to torch --out student.safetensors
+    %(prog)s runs/mine --to serving --out student.bin --image_size 224 224
+
+Exit codes: 0 done; 1 if the run is not finished, the network has no such form, or --out is there already."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m wkd_jax.weights") -> int:
     """Entry point; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = _parser(prog).parse_args(argv)
     try:
         lines = args.run(args)
     except (ValueError, OSError) as error:
@@ -38,17 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m wkd_jax.weights", description="Weights in and out.")
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    listing = commands.add_parser("list", help="list published weights by the names that import and configs take")
+    listing = commands.add_parser(
+        "list", help="list published weights by the names that import and configs take", description=_LIST
+    )
     listing.set_defaults(run=_list)
 
     reading = commands.add_parser(
         "import",
         help="turn somebody's file into a directory that configs take as teacher.weights or init.weights",
-        description="Reads PyTorch (.pth, .pt, .pkl), safetensors and Google's .npz files; nothing in them is run.",
+        description=_IMPORT,
     )
     reading.add_argument("source", help="path, https or gs URL, or a name of the list")
     reading.add_argument(
@@ -57,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument("--out", required=True, type=pathlib.Path, help="directory to write")
     reading.add_argument("--num_classes", type=int, help="rows of the classifier; default: as many as the file has")
     reading.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the network, as in a config"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an argument of the network, as in a config; may be given again; default: none",
     )
     reading.add_argument(
         "--normalisation",
@@ -66,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     reading.set_defaults(run=_import)
 
-    writing = commands.add_parser("export", help="write the student of a finished run, or imported weights, for others")
+    writing = commands.add_parser(
+        "export", help="write the student of a finished run, or imported weights, for others", description=_EXPORT
+    )
     writing.add_argument("source", type=pathlib.Path, help="work directory of a run, or a directory that import made")
     writing.add_argument(
         "--to",
