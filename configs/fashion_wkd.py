@@ -15,10 +15,9 @@ Arguments:
   image_size    side of the images, pixels; default 14, half of what the files have
   data_dir      where TensorFlow Datasets keeps fashion_mnist; default: its own
 
-Not a setting of the paper: real images, and networks so small that hundreds of runs take hours on a CPU. All images:
-one epoch, with loss weights that do not change, since their schedules count epochs; fewer: 600 steps; the teacher: eight
-epochs. Batches of 64. What each method reaches, tuned alike:
-docs/evidence.md.
+Not a setting of the paper: real images, and networks so small that hundreds of runs take hours on a CPU. Batches of 64.
+All images: one epoch, without schedules of loss weights, which count epochs; fewer: 600 steps; teacher: eight epochs.
+What each method reaches, tuned alike: docs/evidence.md.
 """
 
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common, digits_wkd
+from wkd_jax import registry
 
 SPLITS = {
     "test": dict(train_split="train", test_split="test"),
@@ -57,8 +57,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.task.label_weight = digits_wkd.LABEL_WEIGHTS.get(args.method, 1.0)
     methods = {name: dict(common.choose("method", name, digits_wkd.METHODS)) for name in names}
     if not args.train_images:
-        for settings in methods.values():
-            settings.pop("schedule", None)
+        for name in names:
+            if "schedule" in registry.get("methods", name).DEFAULTS:
+                methods[name]["schedule"] = dict(name="constant")
     config.methods = ConfigDict(methods)
     if not {*names} <= {*digits_wkd.ALONE}:
         teacher = _base("resnet8", data, dict(epochs=8))
