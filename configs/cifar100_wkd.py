@@ -168,7 +168,7 @@ def get_config(argument: str = "") -> ConfigDict:
         if not code and "wkd_l" in methods:
             methods["wkd_l"] |= IN_GRID.get((args.pair, args.method), {})
         config.methods = ConfigDict(common.wkd(args.recipe, methods, start=150))
-        config.interrelation = ConfigDict(common.interrelation("stage3" if code else "pooled"))
+        config.interrelation = ConfigDict(common.interrelation("stage3" if code else "pooled", common.CIFAR100_GROUPS))
     return config
 
 

@@ -126,9 +126,43 @@ def wkd(recipe: str, methods: dict[str, dict[str, Any]], *, start: int | None = 
     }
 
 
-def interrelation(features: str) -> dict[str, Any]:
-    """The `interrelation` section: linear CKA, as many images of each class as the smallest has."""
-    return dict(kind="cka", kernel="linear", features=features, samples_per_class=0)
+def interrelation(features: str, groups: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The `interrelation` section: linear CKA, as many images of each class as the smallest has.
+
+    Args:
+      features: Of the classes.
+      groups: A name for each class; the report says whether similar classes share it.
+    """
+    return dict(kind="cka", kernel="linear", features=features, samples_per_class=0, groups=groups)
+
+
+# The superclasses of CIFAR-100 and the classes in them (Krizhevsky, 2009), by the names in its files.
+_CIFAR100 = {
+    "aquatic_mammals": "beaver dolphin otter seal whale",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "flowers": "orchid poppy rose sunflower tulip",
+    "food_containers": "bottle bowl can cup plate",
+    "fruit_and_vegetables": "apple mushroom orange pear sweet_pepper",
+    "household_electrical_devices": "clock keyboard lamp telephone television",
+    "household_furniture": "bed chair couch table wardrobe",
+    "insects": "bee beetle butterfly caterpillar cockroach",
+    "large_carnivores": "bear leopard lion tiger wolf",
+    "large_man-made_outdoor_things": "bridge castle house road skyscraper",
+    "large_natural_outdoor_scenes": "cloud forest mountain plain sea",
+    "large_omnivores_and_herbivores": "camel cattle chimpanzee elephant kangaroo",
+    "medium_mammals": "fox porcupine possum raccoon skunk",
+    "non-insect_invertebrates": "crab lobster snail spider worm",
+    "people": "baby boy girl man woman",
+    "reptiles": "crocodile dinosaur lizard snake turtle",
+    "small_mammals": "hamster mouse rabbit shrew squirrel",
+    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicles_1": "bicycle bus motorcycle pickup_truck train",
+    "vehicles_2": "lawn_mower rocket streetcar tank tractor",
+}
+# The superclass of each of its classes, which are numbered in alphabetical order.
+CIFAR100_GROUPS = tuple(
+    group for _, group in sorted((n, group) for group, own in _CIFAR100.items() for n in own.split())
+)
 
 
 def file_name(*parts: str) -> str:

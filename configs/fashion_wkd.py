@@ -61,6 +61,7 @@ def get_config(argument: str = "") -> ConfigDict:
             if "schedule" in registry.get("methods", name).DEFAULTS:
                 methods[name]["schedule"] = dict(name="constant")
     config.methods = ConfigDict(methods)
+    config.interrelation = ConfigDict(dict(groups=GROUPS))
     if not {*names} <= {*digits_wkd.ALONE}:
         teacher = _base("resnet8", data, dict(epochs=8))
         teacher.name = "fashion_teacher"

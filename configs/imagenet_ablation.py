@@ -5,7 +5,9 @@
     python -m wkd_jax.main --config imagenet_ablation:features=gaussian_kl
 
 Arguments:
-  interrelation  of WKD-L's classes: cka_linear (the default), cka_polynomial, cka_rbf, prototypes or classifier
+  interrelation  of WKD-L's classes: cka_linear (the default), cka_polynomial, cka_rbf, prototypes or classifier; and,
+                 not in the paper, prototypes_centred, classifier_centred, gaussian, confusion, logit_correlation or
+                 uniform: docs/interrelations.md
   separation     of WKD-L's target class: yes (the default) or no
   features       a row of the table below, in place of WKD-L; the two above belong to WKD-L and are refused with it
   source         tfds (the default): imagenet2012 of TensorFlow Datasets; folder: train/<class>/*.JPEG,
@@ -60,6 +62,12 @@ INTERRELATIONS = {
     "cka_rbf": dict(kind="cka", kernel="rbf", bandwidth=0.4),
     "prototypes": dict(kind="cosine"),
     "classifier": dict(kind="classifier"),
+    "prototypes_centred": dict(kind="cosine", centred=True),
+    "classifier_centred": dict(kind="classifier", centred=True),
+    "gaussian": dict(kind="gaussian"),
+    "confusion": dict(kind="confusion"),
+    "logit_correlation": dict(kind="logit_correlation"),
+    "uniform": dict(kind="uniform"),
 }
 SEPARATIONS = {"yes": True, "no": False}
 

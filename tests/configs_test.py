@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import common
 from wkd_jax import config as config_lib
 from wkd_jax import main
 from wkd_jax.data.base import OneSize
@@ -33,6 +34,11 @@ CROSS = ("swin_t_r18", "vit_s_r18", "swin_t_mv2", "vit_s_mv2", "convnext_t_deit_
 RIVALS = ("dkd", "nkd", "ctkd", "ttm", "wttm", "dist", "fitnet", "cc", "rkd", "crd", "crd+kd", "reviewkd", "cat_kd")
 RIVALS += ("fcfd", "ickd_c", "dpk")
 ACROSS = ("dkd", "dist", "ofa", "fitnet", "cc", "rkd", "crd")
+MEANINGFUL = {  # class similarities that are not the paper's
+    "prototypes_centred": {"kind": "cosine", "centred": True},
+    "classifier_centred": {"kind": "classifier", "centred": True},
+    **{kind: {"kind": kind} for kind in ("gaussian", "confusion", "logit_correlation", "uniform")},
+}
 ARGUMENTS = {
     "imagenet_wkd": {"pair": ("r34_r18", "r50_mv1"), "method": WKD, "recipe": ("code", "paper")},
     "imagenet_baselines": {
@@ -274,16 +280,33 @@ FEATURES = {  # row -> weight
 
 
 @pytest.mark.parametrize("separation", ["yes", "no"])
-@pytest.mark.parametrize("interrelation", ARGUMENTS["imagenet_ablation"]["interrelation"])
+@pytest.mark.parametrize("interrelation", [*ARGUMENTS["imagenet_ablation"]["interrelation"], *MEANINGFUL])
 def test_ablation_of_wkd_l_changes_one_thing(interrelation, separation):
     config = load("imagenet_ablation", interrelation=interrelation, separation=separation)
-    kind, _, kernel = interrelation.partition("_")
-    kinds = {"cka": "cka", "prototypes": "cosine", "classifier": "classifier"}
-    overrides = [f"name={config.name}", f"interrelation.kind={kinds[kind]}"]
-    overrides += [f"interrelation.kernel={kernel}"] if kernel else []
+    if interrelation in MEANINGFUL:
+        changes = MEANINGFUL[interrelation]
+    else:
+        kind, _, kernel = interrelation.partition("_")
+        changes = {"kind": {"cka": "cka", "prototypes": "cosine", "classifier": "classifier"}[kind]}
+        changes |= {"kernel": kernel} if kernel else {}
+    overrides = [f"name={config.name}", *(f"interrelation.{key}={value}" for key, value in changes.items())]
     overrides += [f"methods.wkd_l.separate_target={separation == 'yes'}"]
     main_row = load("imagenet_wkd", *overrides, pair="r34_r18", method="wkd_l")
     assert config_lib.differences(main_row, config) == []
+
+
+def test_superclasses_of_cifar100():
+    """Five classes each, by the numbers that other lists of them give: apple 0, chair 20, tank 85, worm 99."""
+    groups = common.CIFAR100_GROUPS
+    assert len(groups) == 100 and {groups.count(name) for name in groups} == {5} and len({*groups}) == 20
+    known = {0: "fruit_and_vegetables", 1: "fish", 2: "people", 20: "household_furniture", 85: "vehicles_2"}
+    known |= {81: "vehicles_2", 90: "vehicles_1", 47: "trees", 99: "non-insect_invertebrates", 66: "medium_mammals"}
+    assert {label: groups[label] for label in known} == known
+    for file in ("cifar100_wkd", "cifar100_cross"):
+        config = load(file, method="wkd_l")
+        assert config.interrelation.groups == groups
+        plain = load(file, "interrelation.groups=()", method="wkd_l")
+        assert config_lib.digest(config) == config_lib.digest(plain)  # it is for people
 
 
 @pytest.mark.parametrize("features", FEATURES)

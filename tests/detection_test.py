@@ -11,7 +11,7 @@ from flax import nnx
 from wkd_jax import config as config_lib
 from wkd_jax import config_file, main, registry, weights
 from wkd_jax.models import functional
-from wkd_jax.training import build, checkpoint, metrics, preemption, workdir
+from wkd_jax.training import build, checkpoint, metrics, preemption, teacher, workdir
 from wkd_jax.types import Normalisation
 
 CLASSES = 4  # three shapes and the background
@@ -125,9 +125,45 @@ def test_stopped_and_continued_it_ends_with_the_same_bits(home, whole, tmp_path,
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"kind": "gaussian"},
+        {"kind": "confusion", "features": "logits"},
+        {"kind": "logit_correlation", "features": "logits", "mean_distance": 0.5},
+        {"kind": "classifier", "centred": True},
+        {"kind": "uniform"},
+    ],
+    ids=lambda spec: spec["kind"],
+)
+def test_similarities_of_classes_and_background(home, tmp_path, monkeypatch, spec):
+    monkeypatch.setenv("WKD_JAX_CACHE", str(tmp_path / "cache"))
+    groups = ("corners", "round", "corners", "nothing")
+    overrides = {**spec, "groups": groups}
+    config = main.load_config(
+        str(home / "config.py"), [f"interrelation.{key}={value}" for key, value in overrides.items()]
+    )
+    data, notes = build.data_set(config["data"]), []
+    found = teacher.load(config, None, data)
+    similarity = found.similarity(config, data, tmp_path, report=notes.append)
+    assert similarity.shape == (CLASSES, CLASSES) and np.isfinite(similarity).all()
+    np.testing.assert_array_equal(np.diag(similarity), 1)
+    assert any("Neighbours agree with the groups in" in note and "of 4 classes" in note for note in notes)
+    pairs = similarity[~np.eye(CLASSES, dtype=bool)]
+    if "mean_distance" in spec:
+        np.testing.assert_allclose(np.mean(1 - pairs), 0.5, rtol=1e-5)
+    assert (np.ptp(pairs) > 1e-4) == (spec["kind"] != "uniform")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["--config.interrelation.kind=confusion"],
+            "features='pooled': kind='confusion' is of the teacher's predictions",
+        ),
+        (["--config.interrelation.groups=('a',)"], "interrelation.groups has 1 names and there are 4 classes"),
         (["--config.accumulation=2", "--config.global_batch_size=16"], "one of 2 canvases"),
         (["--config.task.name=classification"], "is for detection"),
         (["--config.data.max_boxes=1"], "set data.max_boxes="),

@@ -20,7 +20,7 @@ from wkd_jax import __version__, command, extras, registry
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code of the command."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    lines = [f"  {name:<9} {what}" for name, (_, what) in command.COMMANDS.items()]
+    lines = [f"  {name:<14} {what}" for name, (_, what) in command.COMMANDS.items()]
     parser = command.Parser(
         prog="wkd-jax",
         usage="wkd-jax COMMAND ...",

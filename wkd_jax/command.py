@@ -14,6 +14,7 @@ COMMANDS = {
     "report": ("wkd_jax.report", "the report of a run again, or one page that compares several"),
     "data": ("wkd_jax.data", "prepare and check data sets"),
     "weights": ("wkd_jax.weights", "published weights, files of others in, students out"),
+    "interrelation": ("wkd_jax.interrelation", "how much class structure a class similarity carries"),
     "models": ("wkd_jax.models", "list the networks: sizes, taps, published accuracies"),
 }
 """Of `wkd-jax NAME`: the module that `python -m` runs, and what it does."""

@@ -38,13 +38,17 @@ DEFAULTS: dict[str, Any] = {
     "teacher": None,  # or {"run": directory}, {"train": config of the run that makes it} or {"weights": file}
     "methods": {},  # name -> the method's settings; several add up
     "interrelation": {  # class similarities of the teacher, for the methods that use them
-        "kind": "cka",  # cka of class features, cosine of class means, or classifier: cosine of classifier rows
+        "kind": "cka",  # or cosine, classifier, gaussian, confusion, logit_correlation, uniform: docs/interrelations.md
+        "centred": False,  # of cosine and classifier: subtract what all classes have in common first
+        "temperature": 1.0,  # of confusion: softens the teacher's predictions
         "kernel": "linear",  # of cka: linear, polynomial or rbf
         "degree": 2,  # of the polynomial kernel
         "bandwidth": 0.4,  # of the rbf kernel: alpha in exp(-d^2 / (2 alpha^2 median d^2))
         "features": "logits",  # logits, pooled, or the name of a tap (all its positions)
         "samples_per_class": 0,  # 0: as many as the smallest class has
         "file": "",  # an interrelation made elsewhere, instead of computing one
+        "mean_distance": 0.0,  # scales 1 - similarity to this mean over pairs of classes; 0: as it is
+        "groups": (),  # a name for each class, in their order: which classes belong together, for the report alone
     },
     "optimizer": {
         "name": "sgd",  # sgd or adamw
@@ -95,10 +99,14 @@ OPERATIONAL = (
     "checkpoint_every",
     "keep",
     "profile",
+    "interrelation.groups",
     "data.data_dir",
     "data.workers",
     "data.max_bad_images",
 )
+
+_KINDS = ("cka", "cosine", "classifier", "gaussian", "confusion", "logit_correlation", "uniform")  # of interrelation
+_OF_LOGITS = ("confusion", "logit_correlation")
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (lambda x: re.fullmatch(r"[\w.+-]*\w", x) is not None, "letters, digits and . + - _ alone"),
@@ -128,11 +136,14 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer.unit": (lambda x: x in ("epochs", "steps"), "epochs or steps"),
     "optimizer.warmup": (lambda x: x >= 0, "0 or more"),
     "optimizer.warmup_learning_rate": (lambda x: x >= 0, "0 or more"),
-    "interrelation.kind": (lambda x: x in ("cka", "cosine", "classifier"), "cka, cosine or classifier"),
+    "interrelation.kind": (lambda x: x in _KINDS, f"one of {', '.join(_KINDS)}"),
+    "interrelation.temperature": (lambda x: x > 0, "above 0"),
     "interrelation.kernel": (lambda x: x in ("linear", "polynomial", "rbf"), "linear, polynomial or rbf"),
     "interrelation.degree": (lambda x: x > 0, "above 0"),
     "interrelation.bandwidth": (lambda x: x > 0, "above 0"),
     "interrelation.samples_per_class": (lambda x: x == 0 or x > 1, "0 or at least 2"),
+    "interrelation.mean_distance": (lambda x: 0 <= x < math.inf, "0 or more"),
+    "interrelation.groups": (lambda x: all(isinstance(name, str) for name in x), "a name for each class"),
     "mesh.data": (lambda x: x == -1 or x > 0, "-1 or above 0"),
     "mesh.model": (lambda x: x == -1 or x > 0, "-1 or above 0"),
     "teacher.which": (lambda x: x in ("latest", "best"), "latest or best"),
@@ -161,6 +172,27 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
       (2, False, 0.9)
     """
     return ml_collections.ConfigDict(_resolve(_plain(config), ""), type_safe=False).lock()
+
+
+def interrelation(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The `interrelation` section with every default, checked as `resolve` does.
+
+    Args:
+      given: Any subset of its keys.
+
+    Raises:
+      ValueError: Names the key and its value, and the nearest valid key or the valid range.
+
+    Example:
+      >>> interrelation({"kind": "gaussian", "features": "pooled"})["samples_per_class"]
+      0
+    """
+    merged = _merge(DEFAULTS["interrelation"], _plain(given), "interrelation.")
+    for key in _RANGES:
+        if key.startswith("interrelation."):
+            _check_range({"interrelation": merged}, key, "")
+    _check_interrelation(merged, "")
+    return merged
 
 
 def _resolve(given: dict[str, Any], path: str) -> dict[str, Any]:
@@ -291,13 +323,19 @@ def _typed(value: Any, default: Any, path: str) -> Any:
     return value
 
 
+def _check_range(config: Mapping[str, Any], key: str, path: str) -> None:
+    valid, text = _RANGES[key]
+    value: Any = config
+    for part in key.split("."):
+        value = value[part] if value is not None else None
+    if value is not None and not valid(value):
+        raise ValueError(f"{path}{key}={value!r}: must be {text}")
+
+
 def _check_ranges(config: Mapping[str, Any], path: str) -> None:
-    for key, (valid, text) in _RANGES.items():
-        value: Any = config
-        for part in key.split("."):
-            value = value[part] if value is not None else None
-        if value is not None and not valid(value):
-            raise ValueError(f"{path}{key}={value!r}: must be {text}")
+    for key in _RANGES:
+        _check_range(config, key, path)
+    _check_interrelation(config["interrelation"], path)
     rules = {"optimizer.decay_rules": config["optimizer"]["decay_rules"], "sharding": config["sharding"]}
     for key, pairs in rules.items():
         if any(not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str) for pair in pairs):
@@ -321,6 +359,14 @@ def _check_ranges(config: Mapping[str, Any], path: str) -> None:
     milestones = config["optimizer"]["milestones"]
     if any(isinstance(each, bool) or not isinstance(each, int | float) for each in milestones):
         raise ValueError(f"{path}optimizer.milestones={milestones!r}: needs numbers of {config['optimizer']['unit']}")
+
+
+def _check_interrelation(section: Mapping[str, Any], path: str) -> None:
+    if section["kind"] in _OF_LOGITS and section["features"] != "logits" and not section["file"]:
+        raise ValueError(
+            f"{path}interrelation.features={section['features']!r}: kind={section['kind']!r} is of the teacher's "
+            "predictions: set it to 'logits', or choose another kind"
+        )
 
 
 def _plain(value: Any) -> Any:

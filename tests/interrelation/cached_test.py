@@ -31,9 +31,11 @@ def _folder(tmp_path, monkeypatch):
 def test_found_by_content(folder):
     notes = []
     assert cached.find(record(), NAMES, notes.append) is None and not notes
-    cached.keep(Interrelation(SIMILARITY, NAMES, record()), notes.append)
+    cached.keep(Interrelation(SIMILARITY, NAMES, record(), {"rank_one_share": 0.5}), notes.append)
     assert not notes
-    np.testing.assert_array_equal(cached.find(record(data="a copy"), NAMES, notes.append), SIMILARITY)
+    found = cached.find(record(data="a copy"), NAMES, notes.append)
+    np.testing.assert_array_equal(found.similarity, SIMILARITY)
+    assert found.structure == {"rank_one_share": 0.5}
     assert notes == [f"class similarity: found in the cache, {cached.file(record())}"]
     assert cached.file(record()).parent == folder / "interrelation"
     assert cached.find(record(weights="cc"), NAMES, notes.append) is None
@@ -59,7 +61,7 @@ def test_what_is_not_good_is_replaced(kind):
     if kind == "folder":
         assert "not kept for later runs" in notes[1]
     else:
-        np.testing.assert_array_equal(cached.find(record(), NAMES, notes.append), SIMILARITY)
+        np.testing.assert_array_equal(cached.find(record(), NAMES, notes.append).similarity, SIMILARITY)
 
 
 def test_a_cache_that_cannot_be_used_is_no_error(folder, monkeypatch):

@@ -41,7 +41,21 @@ def test_round_trip(path):
         assert found.similarity.dtype == np.float32
         assert found.class_names == NAMES
         assert found.provenance == record() and found.provenance["version"] == wkd_jax.__version__
+        assert found.structure == {}
     assert [item.name for item in path.parent.iterdir()] == ["interrelation.npz"]
+
+
+def test_the_structure_is_kept_and_files_without_it_load(path):
+    measured = {"rank_one_share": None, "stability": {"of": "halves", "all": 0.9, "rest": 0.1}}
+    save(path, Interrelation(SIMILARITY, NAMES, record(), measured))
+    assert load(path, record()).structure == measured
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file if key != "structure"}
+    np.savez(path, **arrays)
+    assert load(path, record()).structure == {}
+    np.savez(path, structure="[]", **arrays)
+    with pytest.raises(ValueError, match="is damaged"):
+        load(path)
 
 
 def test_one_error_names_every_field_that_differs(path):

@@ -1,4 +1,4 @@
-"""CKA against double-centred Gram matrices and the authors' distance formula in float64; cosine and ground cost."""
+"""Class similarities against their formulas in float64, CKA against the authors' distance too; ground cost."""
 
 import pathlib
 
@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from wkd_jax.losses import similarity as module
-from wkd_jax.losses.similarity import cka, cosine_similarity, ground_cost
+from wkd_jax.losses.similarity import (
+    cka,
+    confusion_similarity,
+    cosine_similarity,
+    gaussian_similarity,
+    ground_cost,
+    logit_correlation,
+)
 
 SHARED = pathlib.Path(__file__).parents[2] / "../shared"
 KERNELS = [("linear", {}), ("polynomial", {"degree": 3}), ("rbf", {"bandwidth": 0.4})]
@@ -179,6 +186,117 @@ def test_cosine_similarity():
     assert np.min(cosine_similarity(opposite)) == -1
     with pytest.raises(ValueError, match="prototypes must be"):
         cosine_similarity(x[0])
+
+
+def check_form(result):
+    """What every similarity promises."""
+    result = np.asarray(result)
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, result.T)
+    np.testing.assert_array_equal(np.diag(result), 1)
+
+
+def test_cosine_of_what_classes_do_not_share():
+    x = np.random.default_rng(0).normal(size=(6, 9)) + 5
+    centred = x - x.mean(axis=0)
+    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    result = cosine_similarity(x, centred=True)
+    check_form(result)
+    np.testing.assert_allclose(result, unit @ unit.T, atol=2e-6)
+    np.testing.assert_allclose(cosine_similarity(1e15 * (x + 3), centred=True), result, atol=2e-6)
+    np.testing.assert_allclose(cosine_similarity(x[:2], centred=True), [[1, -1], [-1, 1]], atol=1e-6)
+    np.testing.assert_array_equal(cosine_similarity(np.tile(x[:1], (4, 1)), centred=True), np.eye(4))
+
+
+def wasserstein(x):
+    """2-Wasserstein distance of diagonal Gaussians, pair by pair, float64."""
+    x = np.asarray(x, np.float64)
+    mean, deviation = x.mean(axis=1), x.std(axis=1)
+    return np.array(
+        [[np.sqrt(np.sum((m - n) ** 2) + np.sum((s - t) ** 2)) for n, t in zip(mean, deviation, strict=True)]
+         for m, s in zip(mean, deviation, strict=True)]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(5, 9, 40), (2, 1, 3), (7, 300, 3)])
+def test_gaussian_similarity(shape):
+    x = features(shape)
+    distance = wasserstein(x)
+    result = gaussian_similarity(x)
+    check_form(result)
+    np.testing.assert_allclose(result, 1 - distance / distance.max(), atol=2e-6)
+    order = np.random.default_rng(1).permutation(shape[1])
+    for other in (1e15 * x, 1e-15 * x, x + 7, x[:, order]):
+        np.testing.assert_allclose(gaussian_similarity(other), result, atol=1e-5)
+
+
+def test_gaussian_distances_are_a_metric():
+    """Equal classes are at distance 0, and no detour is shorter; with sharpness 0 the cost is that distance, scaled."""
+    x = features((12, 20, 6))
+    x[5] = x[2][::-1]
+    cost = np.asarray(ground_cost(gaussian_similarity(x), sharpness=0.0), np.float64)
+    assert cost[2, 5] < 1e-6 and np.max(cost) == 1
+    assert np.sum(cost < 1e-3) == 12 + 2
+    assert (cost[:, None, :] <= cost[:, :, None] + cost[None, :, :] + 1e-6).all()  # c_ik <= c_ij + c_jk
+    np.testing.assert_array_equal(gaussian_similarity(np.ones((3, 4, 2))), 1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_confusion_similarity(temperature):
+    logits = 3 * np.random.default_rng(0).normal(size=(5, 7, 6))
+    odds = np.exp(logits / temperature)
+    belief = (odds / odds.sum(axis=-1, keepdims=True)).mean(axis=1)
+    expected = [[np.sum(np.sqrt(p * q)) for q in belief] for p in belief]
+    result = confusion_similarity(logits, temperature=temperature)
+    check_form(result)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+    np.testing.assert_allclose(confusion_similarity(logits + 1e3, temperature=temperature), expected, atol=1e-3)
+
+
+def test_confusion_of_certain_predictions():
+    certain = 1e4 * np.eye(3)[:, None] * np.ones((1, 4, 1))
+    np.testing.assert_array_equal(confusion_similarity(certain), np.eye(3))
+    np.testing.assert_array_equal(confusion_similarity(np.concatenate([certain, certain[:1]]))[3], [1, 0, 0, 1])
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature=.*above 0"):
+            confusion_similarity(certain, temperature=temperature)
+
+
+@pytest.mark.parametrize("shape", [(5, 9, 5), (40, 5), (3, 2, 9, 5)])
+def test_logit_correlation(shape):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=shape) @ rng.normal(size=(5, 5)) + np.arange(5) + 10 * rng.normal(size=(*shape[:-1], 1))
+    rows = logits.reshape(-1, 5)
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    covariance = (rows - rows.mean(axis=0)).T @ (rows - rows.mean(axis=0))
+    norm = np.sqrt(np.diag(covariance))
+    result = logit_correlation(logits)
+    check_form(result)
+    np.testing.assert_allclose(result, covariance / np.outer(norm, norm), atol=3e-6)
+    np.testing.assert_allclose(logit_correlation(1e15 * (logits + rng.normal(size=5))), result, atol=1e-5)
+    np.testing.assert_allclose(cka(rows.T[:, :, None]), np.square(result), atol=1e-5)  # CKA of columns: no sign
+
+
+def test_logit_that_never_changes_goes_with_no_other():
+    np.testing.assert_array_equal(logit_correlation(np.full((2, 6, 3), 0.1) * [1, 2, 3]), np.eye(3))
+    two = logit_correlation(np.array([[1.0, 2.0], [2.0, 0.0], [5.0, 1.0]]))
+    np.testing.assert_allclose(two, [[1, -1], [-1, 1]], atol=1e-6)
+
+
+@pytest.mark.parametrize("of", [gaussian_similarity, confusion_similarity])
+def test_shapes_that_do_not_fit_the_others(of):
+    for shape in ((3, 4), (2, 0, 4)):
+        with pytest.raises(ValueError, match="must be .C, N, D."):
+            of(np.ones(shape, np.float32))
+        with pytest.raises(ValueError, match="logits must be .*C"):
+            logit_correlation(np.ones((2, 0, 4) if len(shape) == 3 else 4))
+
+
+@pytest.mark.parametrize("of", [gaussian_similarity, confusion_similarity, logit_correlation])
+def test_memory_of_the_others_at_full_size_is_bounded(of):
+    """ImageNet's 3 GB of logits: neither a copy of them nor an array of all pairs and channels."""
+    compiled = jax.jit(of).lower(jax.ShapeDtypeStruct((1000, 732, 1000), jnp.float32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1e9
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 0.5, 2.0])

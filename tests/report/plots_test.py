@@ -68,6 +68,23 @@ def test_a_figure_is_clean_well_formed_and_deterministic():
     assert not ids(figure) & ids(draw("second"))  # two figures of one page do not share definitions
 
 
+def test_what_is_left_is_drawn_around_zero_with_groups_marked(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        plots, "_matrix", lambda name, names, matrix, scale, annotate, label, pixels: drawn.update(locals())
+    )
+    matrix = np.diag(np.full(6, 9.0)) + 0.1 * (np.arange(6)[:, None] - np.arange(6))
+    plots.remainder("x", list("abcdef"), matrix, ["p", "q", "p", "q", "r", "p"])
+    assert np.isnan(np.diag(drawn["matrix"])).all() and drawn["scale"].high == -drawn["scale"].low
+    assert 0.4 < drawn["scale"].high <= 0.5
+    figure = plots.Figure()
+    drawn["annotate"](figure.add_axes((0, 0, 1, 1)))
+    places = {tuple(place) for place in figure.axes[0].collections[0].get_offsets().astype(int).tolist()}
+    assert places == {(0, 2), (2, 0), (0, 5), (5, 0), (2, 5), (5, 2), (1, 3), (3, 1)}
+    plots.remainder("x", list("abcdef"), np.zeros((6, 6)), None)
+    assert drawn["scale"].high > 0
+
+
 def test_similarity_colours_are_scaled_off_the_diagonal():
     matrix = np.full((40, 40), 0.5)
     matrix[::2, 1::2] = 0.52
@@ -88,7 +105,7 @@ def test_matrices_name_every_class_or_few():
 def test_a_large_matrix_is_drawn_as_means_of_blocks():
     matrix = np.arange(1001.0**2).reshape(1001, 1001)
     np.fill_diagonal(matrix, np.nan)
-    small = plots._shrunk(matrix)
+    small = plots._shrunk(matrix, 500)
     assert small.shape == (334, 334)
     np.testing.assert_allclose(small[1, 2], matrix[3:6, 6:9].mean())
     np.testing.assert_allclose(small[0, 0], np.nanmean(matrix[:3, :3]))

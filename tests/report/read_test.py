@@ -132,6 +132,10 @@ def test_interrelation(workdir):
     relation = read(workdir).interrelation
     np.testing.assert_array_equal(relation.similarity, similarity)
     assert (relation.class_names, relation.provenance) == (["a", "b"], {"kind": "cka"})
+    assert relation.structure == {}  # a file of an older version
+    arrays = {"similarity": similarity, "class_names": ["a", "b"], "provenance": "{}"}
+    np.savez(path, structure='{"rank_one_share": 0.5}', **arrays)
+    assert read(workdir).interrelation.structure == {"rank_one_share": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -142,6 +146,8 @@ def test_interrelation(workdir):
         {"similarity": None},
         {"provenance": "{"},
         {"provenance": "[]"},
+        {"structure": "{"},
+        {"structure": "[]"},
         {"class_names": np.array(["a", None], object)},  # pickled
         {"class_names": []},
     ],

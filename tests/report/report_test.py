@@ -161,6 +161,39 @@ def test_most_similar_pairs_are_those_of_the_matrix(finished):
     assert f"class class similarity {expected}" in Page(source).words
 
 
+def test_what_the_matrix_says_is_said(finished, tmp_path):
+    """In words, and in a heat map of what is left: without measures in the file, with them, and with groups."""
+    before = Page(finished[1]).words
+    assert "One number a class, s_ij = a_i a_j, explains" in before and "What one number a class leaves of it" in before
+    assert "Neighbours agree" not in before and "Dots" not in before and "multiplied" not in before
+    names = [f"class {i}" for i in range(8)]
+    fill(tmp_path, names)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["interrelation"] = {"groups": ["x"] * 4 + ["y"] * 4, "mean_distance": 0.75}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    similarity = np.full((8, 8), 0.2) + 0.6 * np.kron(np.eye(2), np.ones((4, 4)))
+    np.fill_diagonal(similarity, 1)
+    measured = {"rank_one_share": 0.625, "stability": {"of": "halves", "all": 0.9876, "rest": 0.5}}
+    np.savez(
+        tmp_path / "interrelation.npz",
+        similarity=similarity,
+        class_names=names,
+        provenance="{}",
+        structure=json.dumps(measured),
+    )
+    words = assert_inert(read(report.write(tmp_path))).words
+    for said in (
+        "This matrix mostly says one number a class",
+        "explains 62 % of the variance",
+        "Neighbours agree with the groups in 8 of 8 classes, by chance in 3.4.",
+        "Two halves of the images give matrices that correlate 0.99, and 0.50 in what a_i a_j leaves.",
+        f"1 - similarity was multiplied by {0.75 / np.mean(1 - similarity[np.triu_indices(8, 1)]):.3g}",
+        "mean over pairs of classes is 0.75",
+        "What one number a class leaves of it. Dots: classes of one group",
+    ):
+        assert said in words, said
+
+
 def test_same_bytes_again_in_a_fresh_process_without_jax(finished):
     directory, source = finished
     code = "import sys; from wkd_jax import report; report.write(sys.argv[1]); assert 'jax' not in sys.modules"
@@ -203,6 +236,7 @@ def test_a_thousand_classes_stay_small(tmp_path):
     assert len(source) < 1.5e6
     words = Page(source).words
     assert "A pixel is the mean of 2 × 2 classes." in words
+    assert "What one number a class leaves of it. A pixel is the mean of 4 × 4 classes" in words
     assert "All 1000 classes, best first" in words
 
 

@@ -71,13 +71,22 @@ def test_similarity_of_all_devices(changes, samples, oracle, tmp_path):
     assert len(data.read) == 4 * (samples or 15) and data.read == sorted(data.read)
     kept = interrelation.load(tmp_path / workdir.INTERRELATION)
     np.testing.assert_array_equal(kept.similarity, similarity)
+    assert kept.structure["stability"]["of"] == "pairing" and 0 <= kept.structure["rank_one_share"] <= 1
     assert kept.provenance["dtype"] == "float32" and kept.provenance["spec"]["samples_per_class"] == (samples or 15)
 
 
 @pytest.mark.parametrize(
     "spec",
-    [{"features": "pooled", "kind": "cosine"}, {"features": "stage1", "kernel": "rbf"}, {"kind": "classifier"}],
-    ids=["cosine", "tap", "classifier"],
+    [
+        {"features": "pooled", "kind": "cosine", "centred": True},
+        {"features": "stage1", "kernel": "rbf"},
+        {"features": "stage1", "kind": "gaussian"},
+        {"features": "logits", "kind": "confusion"},
+        {"features": "logits", "kind": "logit_correlation", "mean_distance": 0.5},
+        {"kind": "classifier", "centred": True},
+        {"kind": "uniform"},
+    ],
+    ids=["cosine", "tap", "gaussian", "confusion", "logit_correlation", "classifier", "uniform"],
 )
 def test_nothing_is_transferred_by_accident(spec, tmp_path):
     config, data = settings(interrelation=spec), images()
@@ -85,6 +94,23 @@ def test_nothing_is_transferred_by_accident(spec, tmp_path):
     with jax.transfer_guard("disallow"):
         similarity = made.similarity(config, data, tmp_path)
     assert similarity.shape == (4, 4) and len(data.read) == (0 if "features" not in spec else 60)
+
+
+def test_the_scaled_matrix_is_for_the_method_and_what_is_kept_is_not_scaled(cache, tmp_path):
+    config, data = settings(interrelation={"kind": "gaussian", "features": "pooled"}), images()
+    scaled = settings(interrelation={"kind": "gaussian", "features": "pooled", "mean_distance": 0.9})
+    folders = [tmp_path / name for name in ("plain", "cached", "file")]
+    for folder in folders:
+        folder.mkdir()
+    plain = make(config).similarity(config, data, folders[0])
+    for _ in range(2):  # out of the cache, and when the run goes on
+        found = make(scaled).similarity(scaled, data, folders[1], report=lambda message: None)
+        np.testing.assert_allclose(1 - found, (1 - plain) * 0.9 / np.sum(1 - plain) * 12, atol=1e-6)
+    kept = folders[1] / workdir.INTERRELATION
+    np.testing.assert_array_equal(interrelation.load(kept).similarity, plain)
+    named = settings(interrelation={"file": str(kept), "mean_distance": 0.9})
+    np.testing.assert_array_equal(make(named).similarity(named, data, folders[2]), found)
+    assert len(data.read) == 60 and len(list((cache / "interrelation").iterdir())) == 1
 
 
 def test_a_large_teacher_is_cut_by_the_rules_of_its_run():
@@ -120,20 +146,42 @@ def test_another_run_finds_it_in_the_cache(cache, tmp_path):
     folders = [tmp_path / name for name in ("first", "second", "third", "fourth")]
     for folder in folders:
         folder.mkdir()
-    first = make(config).similarity(config, images(), folders[0])
+    first = make(config).similarity(config, images(), folders[0], report=notes.append)
+    said = [note[:45] for note in notes]
+    notes.clear()
     data = images()
     again = make(config).similarity(config, data, folders[1], report=notes.append)
     np.testing.assert_array_equal(again, first)
     assert not data.read and "found in the cache" in notes[0]
+    assert [note[:45] for note in notes[1:]] == said and notes[2].startswith("class similarity: The images paired")
     np.testing.assert_array_equal(interrelation.load(folders[1] / workdir.INTERRELATION).similarity, first)
     (file,) = (cache / "interrelation").iterdir()
     file.write_bytes(b"nonsense")
     again = make(config).similarity(config, data, folders[2], report=notes.append)
     np.testing.assert_array_equal(again, first)
-    assert len(data.read) == 60 and str(file) in notes[1] and "computed again" in notes[1]
+    assert len(data.read) == 60 and str(file) in notes[3] and "computed again" in notes[3]
     other = settings(dtype="bfloat16")
     make(other).similarity(other, data, folders[3])  # the same teacher in other arithmetic is not the same
     assert len(data.read) == 120 and len(list(file.parent.iterdir())) == 2
+
+
+def test_groups_are_for_people(cache, tmp_path):
+    """What they say is said again where a matrix is found, and they make no other matrix of it."""
+    plain, notes = settings(interrelation={"kind": "gaussian"}), []
+    grouped = settings(interrelation={"kind": "gaussian", "groups": ("insect", "insect", "mammal", "mammal")})
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    make(plain).similarity(plain, images(), folders[0], report=notes.append)
+    assert not any("groups" in note for note in notes) and any("Two halves" in note for note in notes)
+    make(grouped).similarity(grouped, images(), folders[1], report=notes.append)
+    assert any("Neighbours agree with the groups in" in note for note in notes)
+    assert len(list((cache / "interrelation").iterdir())) == 1
+    wrong = settings(interrelation={"groups": ("insect",)})
+    with pytest.raises(
+        ValueError, match=r"interrelation.groups has 1 names and there are 4 classes \('ant' to 'dog'\)"
+    ):
+        make(wrong).similarity(wrong, images(), folders[1])
 
 
 def test_a_run_that_is_stopped_leaves_nothing(cache, tmp_path):

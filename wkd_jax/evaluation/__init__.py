@@ -1,1 +1,1 @@
-"""Metrics over whole data sets, as sums that add up over batches and hosts."""
+"""Metrics over whole data sets, as sums that add up over batches and hosts; and of class similarities."""

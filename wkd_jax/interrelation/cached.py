@@ -6,8 +6,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from wkd_jax import cache
 from wkd_jax.interrelation.store import Interrelation, digest, load, save
 
@@ -22,7 +20,7 @@ def file(record: Mapping[str, Any]) -> pathlib.Path:
     return cache.folder() / "interrelation" / f"{digest(record)}.npz"
 
 
-def find(record: Mapping[str, Any], class_names: Sequence[str], report: Callable[[str], None]) -> np.ndarray | None:
+def find(record: Mapping[str, Any], class_names: Sequence[str], report: Callable[[str], None]) -> Interrelation | None:
     """The similarity that an earlier run left.
 
     A file that is damaged, or of something else than its name says, is left alone until `keep` replaces it.
@@ -33,7 +31,7 @@ def find(record: Mapping[str, Any], class_names: Sequence[str], report: Callable
       report: Told where it was found, or why what is there is not used.
 
     Returns:
-      [C, C] float32, or None.
+      It, or None.
 
     Raises:
       ValueError: As `wkd_jax.cache.folder`.
@@ -53,7 +51,7 @@ def find(record: Mapping[str, Any], class_names: Sequence[str], report: Callable
         report(f"class similarity: {path} is of other classes than the data set and is computed again")
         return None
     report(f"class similarity: found in the cache, {path}")
-    return found.similarity
+    return found
 
 
 def keep(interrelation: Interrelation, report: Callable[[str], None]) -> None:

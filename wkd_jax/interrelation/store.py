@@ -33,11 +33,13 @@ class Interrelation:
       similarity: [C, C] float32, symmetric, 1 on the diagonal.
       class_names: C names.
       provenance: See `provenance`.
+      structure: How much the matrix says, see `wkd_jax.evaluation.structure`; {} where nobody measured it.
     """
 
     similarity: np.ndarray
     class_names: tuple[str, ...]
     provenance: Mapping[str, Any]
+    structure: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def provenance(
@@ -124,6 +126,7 @@ def save(path: pathlib.Path, interrelation: Interrelation) -> None:
                 similarity=np.asarray(interrelation.similarity, np.float32),
                 class_names=np.array(interrelation.class_names, dtype=np.str_),
                 provenance=json.dumps(interrelation.provenance, sort_keys=True),
+                structure=json.dumps(interrelation.structure, sort_keys=True),
             )
             file.flush()
             os.fsync(file.fileno())
@@ -148,13 +151,14 @@ def load(path: pathlib.Path, expected: Mapping[str, Any] | None = None) -> Inter
     try:
         with np.load(path, allow_pickle=False) as file:
             similarity, names, record = file["similarity"], file["class_names"], json.loads(str(file["provenance"]))
+            structure = json.loads(str(file.get("structure", "{}")))  # files of older versions
     except _DAMAGED as error:
         raise ValueError(
             f"{path} cannot be read as a class similarity ({error}): it is damaged or another kind of file; delete it "
             "and it is computed again"
         ) from error
     sound = similarity.shape == (len(names), len(names)) and np.isfinite(similarity).all()
-    if not sound or not isinstance(record, dict):
+    if not sound or not isinstance(record, dict) or not isinstance(structure, dict):
         raise ValueError(
             f"{path} is damaged: similarity {similarity.shape} of {len(names)} classes must be square and finite, with "
             "a record of what it was made from; delete it and it is computed again"
@@ -166,7 +170,7 @@ def load(path: pathlib.Path, expected: Mapping[str, Any] | None = None) -> Inter
                 f"{path} holds the class similarity of something else than this run: {'; '.join(changed)}. Delete it "
                 "and it is computed again, or keep it and choose another work directory"
             )
-    return Interrelation(similarity, tuple(str(name) for name in names), record)
+    return Interrelation(similarity, tuple(str(name) for name in names), record, structure)
 
 
 def _differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:

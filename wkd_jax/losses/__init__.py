@@ -40,7 +40,14 @@ from wkd_jax.losses.kl import kd, kl
 from wkd_jax.losses.ofa import ofa
 from wkd_jax.losses.relational import cc_kernel, cc_neighbours, rkd_angle, rkd_distance, unit_norm
 from wkd_jax.losses.reviewkd import hcl
-from wkd_jax.losses.similarity import cka, cosine_similarity, ground_cost
+from wkd_jax.losses.similarity import (
+    cka,
+    confusion_similarity,
+    cosine_similarity,
+    gaussian_similarity,
+    ground_cost,
+    logit_correlation,
+)
 from wkd_jax.losses.sinkhorn import SinkhornOutput, sinkhorn
 from wkd_jax.losses.tf_kd import tf_kd_reg, tf_kd_self
 from wkd_jax.losses.ttm import ttm, wttm
@@ -57,6 +64,7 @@ __all__ = [
     "cc_kernel",
     "cc_neighbours",
     "cka",
+    "confusion_similarity",
     "cosine_similarity",
     "crd",
     "crd_constant",
@@ -80,6 +88,7 @@ __all__ = [
     "feature_sinkhorn",
     "feature_sorted_w2",
     "fgfi",
+    "gaussian_similarity",
     "gaussian_w2",
     "ground_cost",
     "hcl",
@@ -90,6 +99,7 @@ __all__ = [
     "ipot",
     "kd",
     "kl",
+    "logit_correlation",
     "minibatch_cka",
     "minibatch_hsic",
     "mse",

@@ -61,8 +61,7 @@ def cka(features: Array, *, kernel: str = "linear", degree: int | None = None, b
       Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, arXiv 1905.00414.
       Lv et al., arXiv 2412.08139 (its use between classes).
     """
-    if jnp.ndim(features) != 3 or 0 in jnp.shape(features):
-        raise ValueError(f"features must be [C, N, D], none of them 0; got {jnp.shape(features)}")
+    _check_features(features)
     if kernel not in ("linear", "polynomial", "rbf"):
         raise ValueError(f"kernel={kernel!r}: valid are linear, polynomial and rbf")
     for name, value, owner in (("degree", degree, "polynomial"), ("bandwidth", bandwidth, "rbf")):
@@ -77,11 +76,13 @@ def cka(features: Array, *, kernel: str = "linear", degree: int | None = None, b
     return similarity
 
 
-def cosine_similarity(prototypes: Array) -> Array:
+def cosine_similarity(prototypes: Array, *, centred: bool = False) -> Array:
     """Cosine of the angle between the classes' prototypes: class means, or rows of a classifier.
 
     Args:
       prototypes: [C, D], any float dtype; computed in float32.
+      centred: Subtract the mean of the prototypes first: what all classes have in common makes none of them alike. The
+        cosine of two classes is then always -1, and that of C unrelated ones -1 / (C - 1) on average.
 
     Returns:
       [C, C] float32 in [-1, 1], symmetric, exactly 1 on the diagonal; 0 between a zero prototype and any other.
@@ -90,16 +91,142 @@ def cosine_similarity(prototypes: Array) -> Array:
       ValueError: If the shape is another.
 
     Example:
-      >>> print(np.asarray(cosine_similarity(jnp.array([[1.0, 0.0], [3.0, 4.0], [0.0, 0.0]]))).round(4))
+      >>> x = jnp.array([[1.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+      >>> print(np.asarray(cosine_similarity(x)).round(4))
       [[1.  0.6 0. ]
        [0.6 1.  0. ]
        [0.  0.  1. ]]
+      >>> print(np.asarray(cosine_similarity(x, centred=True)).round(4))
+      [[ 1.     -0.9512  0.8575]
+       [-0.9512  1.     -0.9744]
+       [ 0.8575 -0.9744  1.    ]]
     """
     if jnp.ndim(prototypes) != 2:
         raise ValueError(f"prototypes must be [C, D], got {jnp.shape(prototypes)}")
     x = jnp.asarray(prototypes, jnp.float32)
+    if centred:
+        x = x - x[:1]  # so that prototypes that are all the same are exactly zero
+        x = x - jnp.mean(x, axis=0)
     x = x * _reciprocal(jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0.0))  # squares stay within float32
     return _normalised(jnp.matmul(x, x.T, precision=lax.Precision.HIGHEST), lowest=-1.0)
+
+
+def gaussian_similarity(features: Array) -> Array:
+    r"""1 - W_ij / max W, W the 2-Wasserstein distance between diagonal Gaussians of the classes' features.
+
+    W_ij^2 = |mu_i - mu_j|^2 + |sigma_i - sigma_j|^2, with each class's mean and standard deviation (divided by N) of
+    every channel. 1 - similarity is W over its largest value, hence a metric. It takes differences of D numbers for
+    each pair of classes, C^2 D operations, a class at a time.
+
+    Args:
+      features: [C, N, D], any float dtype; computed in float32. The order of samples does not matter.
+
+    Returns:
+      [C, C] float32 in [0, 1], symmetric, exactly 1 on the diagonal and between classes of equal mean and deviation;
+      0 between the two that are furthest apart.
+
+    Raises:
+      ValueError: If the shape is another, or empty.
+
+    Example:
+      >>> x = jnp.array([[0.0], [2.0]])
+      >>> print(np.asarray(gaussian_similarity(jnp.stack([x, x + 4, 4 * x]))).round(4))
+      [[1.     0.0572 0.    ]
+       [0.0572 1.     0.2546]
+       [0.     0.2546 1.    ]]
+
+    References:
+      Dowson and Landau, "The Frechet distance between multivariate normal distributions", 1982.
+    """
+    _check_features(features)
+    moments: Array = lax.map(_moments, jnp.asarray(features))  # [C, 2, D]
+    moments = moments - jnp.mean(moments, axis=0)  # leaves distances as they are
+    moments = moments * _reciprocal(jnp.max(jnp.abs(moments)))  # squares stay within float32
+    squared = lax.map(lambda one: jnp.sum((moments - one) ** 2, axis=(1, 2)), moments)
+    distance = jnp.sqrt((squared + squared.T) / 2)
+    return 1 - distance * _reciprocal(jnp.max(distance))
+
+
+def confusion_similarity(logits: Array, *, temperature: float = 1.0) -> Array:
+    """Bhattacharyya coefficient of the classes' mean predictions, sum_k sqrt(P_ik P_jk).
+
+    P_i is the mean over the class's samples of softmax(logits / temperature): two classes are alike where the network
+    spreads its belief over the same classes.
+
+    Args:
+      logits: [C, N, K], N samples of each class; any float dtype, computed in float32. Their order does not matter.
+      temperature: Above 0.
+
+    Returns:
+      [C, C] float32 in [0, 1], symmetric, exactly 1 on the diagonal.
+
+    Raises:
+      ValueError: If the shape is another, or empty; if the temperature is not above 0.
+
+    Example:
+      >>> logits = jnp.log(jnp.array([[[0.5, 0.5, 0.0]], [[0.5, 0.5, 0.0]], [[0.0, 0.5, 0.5]]]))
+      >>> print(np.asarray(confusion_similarity(logits)).round(4))
+      [[1.  1.  0.5]
+       [1.  1.  0.5]
+       [0.5 0.5 1. ]]
+
+    References:
+      Bhattacharyya, "On a measure of divergence between two statistical populations", 1943.
+    """
+    _check_features(logits)
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be above 0")
+
+    def root(x: Array) -> Array:
+        return jnp.sqrt(jnp.mean(jax.nn.softmax(x.astype(jnp.float32) / temperature, axis=1), axis=0))
+
+    roots: Array = lax.map(root, jnp.asarray(logits))
+    return _normalised(jnp.matmul(roots, roots.T, precision=lax.Precision.HIGHEST), lowest=0.0)
+
+
+def logit_correlation(logits: Array) -> Array:
+    """Pearson correlation of two classes' logits over the same samples, all samples of all classes.
+
+    Of each sample's logits their mean is subtracted first, since softmax does not see it: what is correlated are
+    log-probabilities around their own mean. Unlike in `cka`, both sides are of the same image, so that it says which
+    classes the network's belief rises for together. Its square is the linear CKA of the two columns.
+
+    Args:
+      logits: [..., C], any float dtype; computed in float32.
+
+    Returns:
+      [C, C] float32 in [-1, 1], symmetric, exactly 1 on the diagonal; 0 between a class whose logit never changes and
+      any other.
+
+    Raises:
+      ValueError: If the shape is another, or empty.
+
+    Example:
+      >>> logits = jnp.array([[3.0, 2.0, 0.0], [1.0, 2.0, 0.0], [0.0, 1.0, 3.0], [1.0, 0.0, 4.0]])
+      >>> print(np.asarray(logit_correlation(logits)).round(4))
+      [[ 1.      0.4857 -0.8619]
+       [ 0.4857  1.     -0.8619]
+       [-0.8619 -0.8619  1.    ]]
+    """
+    if jnp.ndim(logits) < 2 or 0 in jnp.shape(logits):
+        raise ValueError(f"logits must be [..., C], none of them 0; got {jnp.shape(logits)}")
+    x = jnp.asarray(logits)
+    x = x.reshape(-1, *x.shape[-2:])
+
+    def shifted(part: Array) -> Array:  # a part at a time: a shifted copy of everything would double the memory
+        part = part.astype(jnp.float32)
+        return part - jnp.mean(part, axis=1, keepdims=True)
+
+    origin = shifted(x[0, :1])  # logits that never change are exactly zero then
+    mean = jnp.mean(lax.map(lambda part: jnp.mean(shifted(part) - origin, axis=0), x), axis=0)
+    size = jnp.max(lax.map(lambda part: jnp.max(jnp.abs(shifted(part) - origin - mean), axis=0), x), axis=0)
+
+    def add(total: Array, part: Array) -> tuple[Array, None]:
+        y = (shifted(part) - origin - mean) * _reciprocal(size)
+        return total + jnp.matmul(y.T, y, precision=lax.Precision.HIGHEST), None
+
+    products, _ = lax.scan(add, jnp.zeros((x.shape[2],) * 2), x)
+    return _normalised(products, lowest=-1.0)
 
 
 def ground_cost(similarity: Array, *, sharpness: float | Array) -> Array:
@@ -130,6 +257,21 @@ def ground_cost(similarity: Array, *, sharpness: float | Array) -> Array:
     distance = jnp.maximum(1 - jnp.asarray(similarity, jnp.float32), 0)
     sharpness = jnp.asarray(sharpness, jnp.float32)
     return jnp.where(sharpness > 0, -jnp.expm1(-sharpness * distance), distance)
+
+
+def _check_features(features: Array) -> None:
+    if jnp.ndim(features) != 3 or 0 in jnp.shape(features):
+        raise ValueError(f"features must be [C, N, D], none of them 0; got {jnp.shape(features)}")
+
+
+def _moments(x: Array) -> Array:
+    """Mean and standard deviation of each channel of one class's samples [N, D]: [2, D]."""
+    x = x.astype(jnp.float32)
+    origin = x[:1]  # samples that are all the same have no deviation at all
+    mean = jnp.mean(x - origin, axis=0)
+    size = jnp.max(jnp.abs(x - origin - mean))
+    deviation = size * jnp.sqrt(jnp.mean(((x - origin - mean) * _reciprocal(size)) ** 2, axis=0))
+    return jnp.stack([origin[0] + mean, deviation])
 
 
 def _normalised(products: Array, *, lowest: float) -> Array:

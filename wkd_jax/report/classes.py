@@ -10,6 +10,7 @@ import numpy as np
 from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
+from wkd_jax.evaluation import structure
 from wkd_jax.report import plots, text
 from wkd_jax.report.elements import Figure, Table
 from wkd_jax.report.read import Evaluation, Interrelation, Precision
@@ -153,8 +154,13 @@ def _mistakes(evaluation: Evaluation) -> Table:
     return Table("The student's most frequent mistakes", ["true", "predicted", "examples", "% of true"], rows, 2)
 
 
-def interrelation(relation: Interrelation) -> dict[str, Any]:
-    """The heat map with similar classes side by side, the pairs that are most alike, and where it comes from."""
+def interrelation(relation: Interrelation, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the matrix says in words, heat maps with similar classes side by side, and where it comes from.
+
+    Args:
+      relation: The matrix.
+      settings: The config's `interrelation` section; {} where the config has none.
+    """
     similarity, names = relation.similarity, relation.class_names
     order = similar_order(similarity)
     rows, columns = np.triu_indices(len(names), k=1)
@@ -162,8 +168,28 @@ def interrelation(relation: Interrelation) -> dict[str, Any]:
     pairs = [[names[rows[i]], names[columns[i]], text.fixed(float(similarity[rows[i], columns[i]]), 4)] for i in most]
     drawing = plots.similarity("similarity", [names[i] for i in order], similarity[np.ix_(order, order)])
     provenance: Mapping[str, Any] = relation.provenance
+    groups = settings.get("groups") or []
+    structure.check_groups(groups, names)
+    measured = relation.structure or structure.measure(similarity)
+    sentences = structure.sentences(measured, similarity, groups)
+    if wanted := settings.get("mean_distance"):
+        factor = wanted / np.mean(1 - similarity[rows, columns])
+        sentences.append(
+            f"The matrix is drawn as it was made; for training 1 - similarity was multiplied by {factor:.3g}, so that "
+            f"its mean over pairs of classes is {wanted:g}."
+        )
+    figures = [Figure("Class similarity", drawing)]
+    if measured.get("rank_one_share") is not None:
+        left = structure.remainder(similarity)[np.ix_(order, order)]
+        together = [groups[i] for i in order] if groups else None
+        drawing = plots.remainder("remainder", [names[i] for i in order], left, together)
+        caption = "What one number a class leaves of it" + (". Dots: classes of one group" if groups else "")
+        if (block := -(-len(names) // plots.COARSE)) > 1:
+            caption += f". A pixel is the mean of {block} × {block} classes"
+        figures.append(Figure(caption, drawing))
     return {
-        "figure": Figure("Class similarity", drawing),
+        "sentences": sentences,
+        "figures": figures,
         "pairs": Table("The most similar pairs of classes", ["class", "class", "similarity"], pairs, 2),
         "sparse": len(names) > plots.ALL_NAMES,
         "block": -(-len(names) // plots.PIXELS),

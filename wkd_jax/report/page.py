@@ -39,12 +39,17 @@ def render(run: Run) -> str:
         precision=classes.precision(run.precision) if run.precision else None,
         pictures=pictures.section(run.pictures) if run.pictures and run.pictures.images else None,
         classes=classes.section(run.evaluation) if run.evaluation else None,
-        interrelation=classes.interrelation(run.interrelation) if run.interrelation else None,
+        interrelation=_interrelation(run) if run.interrelation else None,
         config=_sections(run.config),
         machine=text.flat(
             {key: result[key] for key in ("devices", "processes", "unreadable_images", "versions") if key in result}
         ),
     )
+
+
+def _interrelation(run: Run) -> dict[str, Any]:
+    settings = run.config.get("interrelation")
+    return classes.interrelation(run.interrelation, settings if isinstance(settings, Mapping) else {})
 
 
 def headline(run: Run) -> dict[str, Any]:

@@ -21,6 +21,7 @@ BUCKETS = 500  # points of a drawn line; a longer curve is drawn as the mean and
 ALL_NAMES = 30  # classes up to which every one is named on the axes of a matrix
 BARS = 40  # classes up to which each has a bar
 PIXELS = 500  # side of a drawn matrix; of a larger one, the mean of blocks is drawn
+COARSE = 250  # the same of one that is drawn beside it
 _CELL = (340, 200)  # size of a curve's figure
 _SWATCH = (40, 12)
 _FONT = 10  # size of all text
@@ -184,6 +185,32 @@ def similarity(name: str, names: Sequence[str], matrix: np.ndarray) -> Markup:
     colours = matplotlib.colormaps["viridis"].resampled(_LEVELS)
     scale = _Scale(colours, low, high, "similarity", extend="both")
     return _matrix(name, names, np.where(diagonal, np.nan, matrix), scale, label="Heat map of class similarity")
+
+
+def remainder(name: str, names: Sequence[str], matrix: np.ndarray, groups: Sequence[str] | None) -> Markup:
+    """Draws what a simpler model leaves of class similarities. The colours end at the 99th percentile of the sizes.
+
+    Args:
+      name: The figure's.
+      names: C class names, in the order of the matrix.
+      matrix: [C, C]. The diagonal is left blank.
+      groups: C names: a dot marks two classes of one group. None: no marks.
+    """
+    count = len(names)
+    diagonal = np.eye(count, dtype=bool)
+    end = max(np.percentile(np.abs(matrix[~diagonal]), 99), 1e-9)
+
+    def annotate(axes: Axes) -> None:
+        if groups:
+            same = np.asarray(groups)[:, None] == np.asarray(groups)
+            row, column = np.nonzero(same & ~diagonal)
+            size = min(5.0, max(0.6, 0.3 * _WIDTH / count))
+            axes.scatter(column, row, s=size**2, color="#000000", linewidths=0, rasterized=True)
+
+    colours = matplotlib.colormaps["RdBu_r"].resampled(_LEVELS // 2 + 1)
+    scale = _Scale(colours, -end, end, "left of the similarity", extend="both")
+    label = "Heat map of what one number a class leaves of the similarity"
+    return _matrix(name, names, np.where(diagonal, np.nan, matrix), scale, annotate, label=label, pixels=COARSE)
 
 
 def confusion(name: str, names: Sequence[str], counts: np.ndarray) -> Markup:
@@ -352,6 +379,7 @@ def _matrix(
     annotate: Callable[[Axes], None] = lambda axes: None,
     *,
     label: str,
+    pixels: int = PIXELS,
 ) -> Markup:
     """Draws a square matrix with class names on both axes: all of them, or a few where there are many."""
     count = len(names)
@@ -365,7 +393,12 @@ def _matrix(
         axes = figure.add_axes(_box(margin, 10, side, side, height))
         edges = (-0.5, count - 0.5, count - 0.5, -0.5)
         image = axes.imshow(
-            _shrunk(matrix), cmap=scale.colours, vmin=scale.low, vmax=scale.high, interpolation="none", extent=edges
+            _shrunk(matrix, pixels),
+            cmap=scale.colours,
+            vmin=scale.low,
+            vmax=scale.high,
+            interpolation="none",
+            extent=edges,
         )
         axes.set_xticks(ticks, labels, rotation=90)
         axes.set_yticks(ticks, labels)
@@ -390,9 +423,9 @@ def _box(left: float, top: float, width: float, height: float, total: float) -> 
     return left / _WIDTH, 1 - (top + height) / total, width / _WIDTH, height / total
 
 
-def _shrunk(matrix: np.ndarray) -> np.ndarray:
-    """Means of square blocks, NaN left out, so that no side is longer than `PIXELS`."""
-    factor = -(-len(matrix) // PIXELS)
+def _shrunk(matrix: np.ndarray, pixels: int) -> np.ndarray:
+    """Means of square blocks, NaN left out, so that no side is longer than `pixels`."""
+    factor = -(-len(matrix) // pixels)
     if factor == 1:
         return matrix
     side = -(-len(matrix) // factor)

@@ -123,11 +123,13 @@ class Interrelation:
       class_names: C names.
       similarity: [C, C] float64, 1 on the diagonal.
       provenance: What it was computed from.
+      structure: How much it says, see `wkd_jax.evaluation.structure`; {} in files of older versions.
     """
 
     class_names: Sequence[str]
     similarity: np.ndarray
     provenance: Mapping[str, Any]
+    structure: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,14 +388,17 @@ def _interrelation(path: pathlib.Path) -> Interrelation:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             names, similarity, provenance = file["class_names"], file["similarity"], file["provenance"]
+            measured = file.get("structure", "{}")
         names = [str(name) for name in names.tolist()]
-        origin = json.loads(str(provenance))
+        origin, structure = json.loads(str(provenance)), json.loads(str(measured))
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]}") from error
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read as an interrelation file ({error})") from error
-    if not isinstance(origin, dict):
-        raise ValueError(f"{path}: 'provenance' must be a JSON object, found {type(origin).__name__}")
+    for key, value in (("provenance", origin), ("structure", structure)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {key!r} must be a JSON object, found {type(value).__name__}")
     if not names:
         raise ValueError(f"{path}: 'class_names' is empty")
-    return Interrelation(names, _array(path, "similarity", similarity, (len(names), len(names))), origin)
+    matrix = _array(path, "similarity", similarity, (len(names), len(names)))
+    return Interrelation(names, matrix, origin, structure)

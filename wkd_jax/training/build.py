@@ -187,10 +187,12 @@ def plan(
     mesh = sharding.make_mesh(config["mesh"], devices)
     _check_batch(config, data, mesh)
     asked, names = [], task(config, data).class_names
+    interrelation.structure.check_groups(config["interrelation"]["groups"], names)
 
     def similarity() -> np.ndarray:
         if file := config["interrelation"]["file"]:
-            return interrelation.load_file(pathlib.Path(file), names)
+            found = interrelation.load_file(pathlib.Path(file), names)
+            return interrelation.rescaled(found, config["interrelation"]["mean_distance"])
         asked.append(True)
         return 0.5 + 0.5 * np.eye(len(names), dtype=np.float32)  # in place of the one to be computed
 

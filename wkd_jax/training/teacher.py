@@ -65,17 +65,19 @@ class Teacher:
           data: Of that run.
           directory: Its work directory.
           between_batches: Called before each batch of the pass, on every process. May raise, on all of them alike.
-          report: Told, in sentences, what a person may want to know. None: written to standard error, by process 0.
+          report: Told, in sentences, what a person may want to know, how much the matrix says included. None: written
+            to standard error, by process 0.
 
         Raises:
           ValueError: If a file does not fit this run, the section asks for what the teacher does not have, or a class
             has too few images that can be read.
           OSError: If a file cannot be read or written.
         """
-        spec, info, report = interrelation.check(config["interrelation"]), self.network.info, report or _say
+        spec, info, report = config_lib.interrelation(config["interrelation"]), self.network.info, report or _say
         data = self._training_data(config, data)
-        task, of, samples = build.task(config, data), None, 0  # a classifier's rows need no samples
-        if spec["kind"] != "classifier" and not spec["file"]:
+        task, of, samples = build.task(config, data), None, 0
+        interrelation.structure.check_groups(spec["groups"], task.class_names)
+        if interrelation.uses_features(spec):
             interrelation.check_name(spec["features"], info)
             # Where a pass over the data set finds the labels, one process's is enough.
             processes.first(lambda: len(task.samples().label))
@@ -93,31 +95,48 @@ class Teacher:
         processes.agree("the content of the teacher's training images", record["data_fingerprint"])
         path = directory / workdir.INTERRELATION
 
-        def keep(similarity: np.ndarray, origin: Mapping[str, Any]) -> Interrelation:
-            found = Interrelation(similarity, task.class_names, origin)
+        def keep(
+            similarity: np.ndarray, origin: Mapping[str, Any], structure: Mapping[str, Any] | None = None
+        ) -> Interrelation:
+            structure = structure or interrelation.structure.measure(similarity)
+            found = Interrelation(similarity, task.class_names, origin, structure)
             interrelation.save(path, found)
+            for sentence in interrelation.structure.sentences(structure, similarity, spec["groups"]):
+                report(f"class similarity: {sentence}")
             return found
 
         def find() -> np.ndarray | None:
             if spec["file"]:
-                return keep(_named_file(spec["file"], task.class_names, record), {"file": spec["file"]}).similarity
+                named, structure = _named_file(spec["file"], task.class_names, record)
+                return keep(named, {"file": spec["file"]}, structure).similarity
             if path.exists():
                 return interrelation.load(path, record).similarity
+            if spec["kind"] == "uniform":
+                return keep(np.eye(info.num_classes, dtype=np.float32), record).similarity
             if spec["kind"] == "classifier":
-                return keep(interrelation.from_classifier(self.network.arrays[info.classifier]), record).similarity
+                kernel = self.network.arrays[info.classifier]
+                return keep(interrelation.from_classifier(kernel, centred=spec["centred"]), record).similarity
             cached = interrelation.cached.find(record, task.class_names, report)
-            return cached if cached is None else keep(cached, record).similarity
+            return cached if cached is None else keep(cached.similarity, record, cached.structure).similarity
 
         def compute(features: np.ndarray) -> np.ndarray:
             try:
                 similarity = interrelation.from_features(spec, features)
+                structure = interrelation.structure.measure(similarity)
+                structure["stability"] = interrelation.structure.stability(
+                    lambda features: interrelation.from_features(spec, features),
+                    features,  # shuffled: no longer what the matrix was made from
+                    similarity,
+                    samples=samples,
+                    paired=spec["kind"] == "cka",
+                )
             except jax.errors.JaxRuntimeError as error:
                 raise ValueError(
                     f"class similarity: the device of process 0 fails on class features {features.shape} "
                     f"({str(error).splitlines()[0][:300]}): lower interrelation.samples_per_class, or compute the "
                     "matrix on another machine and set interrelation.file"
                 ) from error
-            found = keep(similarity, record)
+            found = keep(similarity, record, structure)
             if not lost:  # what is left for others is of the whole data set
                 interrelation.cached.keep(found, report)
             return similarity
@@ -132,7 +151,7 @@ class Teacher:
                     "their classes take their places"
                 )
             similarity = _from_first(lambda: compute(features), shape)
-        return similarity
+        return interrelation.rescaled(similarity, spec["mean_distance"])
 
     def _training_data(self, config: Mapping[str, Any], data: DataSet) -> DataSet:
         """What the teacher was trained on: a student on fewer images takes nothing from the classes' relations."""
@@ -192,14 +211,20 @@ class Teacher:
             )
 
 
-def _named_file(name: str, class_names: Sequence[str], record: Mapping[str, Any]) -> np.ndarray:
-    """The matrix that `interrelation.file` names. One of ours says what made it, and that must be this teacher."""
+def _named_file(
+    name: str, class_names: Sequence[str], record: Mapping[str, Any]
+) -> tuple[np.ndarray, Mapping[str, Any]]:
+    """The matrix that `interrelation.file` names, and its structure where the file has it.
+
+    A file of ours says what made it, and that must be this teacher.
+    """
     path = pathlib.Path(name)
     similarity = interrelation.load_file(path, class_names)
-    if path.suffix == ".npz":
-        theirs = interrelation.load(path).provenance
-        interrelation.load(path, {**record, **{key: theirs.get(key) for key in ("spec", "dtype")}})
-    return similarity
+    if path.suffix != ".npz":
+        return similarity, {}
+    found = interrelation.load(path)
+    interrelation.load(path, {**record, **{key: found.provenance.get(key) for key in ("spec", "dtype")}})
+    return similarity, found.structure
 
 
 def _placed(arrays: Params, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]]) -> Params:
