@@ -170,7 +170,14 @@ def table(name: str) -> str:
         ]
         agreement = "-" if None in found["agreement"] else f"{statistics.fmean(found['agreement']):.1f}"
         tried = " / ".join(f"{value:.1f}" for value in found["validation"].values())
-        cells = [f"`{row}`", _mean_error(found["test"]), *differences, agreement, f"`{_short(found['chosen'])}`", tried]
+        cells = [
+            f"`{row}`",
+            _mean_error(found["test"]),
+            *differences,
+            agreement,
+            f"`{_short(found['chosen'], SETTINGS[name].rows[row][1])}`",
+            tried,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     teachers = {found["teacher"] for found in rows.values() if found["teacher"] is not None}
     teacher = ", ".join(f"{value:.2f}" for value in sorted(teachers))
@@ -184,9 +191,10 @@ def _mean_error(values: Sequence[float], *, signed: bool = False) -> str:
     return (text.signed(mean) if signed else text.fixed(mean)) + error
 
 
-def _short(overrides: str) -> str:
-    """Without the sections that the row's name says already."""
-    return overrides.replace("methods.", "").replace("optimizer.", "")
+def _short(overrides: str, shared: Sequence[str]) -> str:
+    """What a trial sets, without what all trials of its row have and without the sections that the row's name says."""
+    own = "; ".join(item for item in overrides.split("; ") if item not in shared)
+    return own.replace("methods.", "").replace("optimizer.", "")
 
 
 def _top1(setting: Setting, method: str, seed: int, split: str, overrides: Sequence[str]) -> float:

@@ -86,6 +86,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
         str(script),
         cwd=ROOT / "examples",
         MPLBACKEND="agg",
+        XLA_FLAGS="",  # minutes of training, which the tests' cheap compilation would make many
         TMPDIR=str(tmp_path),
         WKD_JAX_CACHE=str(tmp_path / "cache"),
     )
