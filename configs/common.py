@@ -42,6 +42,28 @@ def choose(key: str, name: str, table: dict[str, Any]) -> Any:
     return table[name]
 
 
+def summed(method: str, table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The `methods` section of a sum of methods, "wkd_l+wkd_f", out of a config's table of settings.
+
+    Raises:
+      ValueError: If it names a method that is not in the table, or one twice.
+    """
+    names = method.split("+")
+    if len({*names}) < len(names):
+        raise ValueError(f"config argument method={method}: names a method twice")
+    return {name: dict(choose("method", name, table)) for name in names}
+
+
+def check_subset(train_images: int) -> None:
+    """Refuses a negative number of training images.
+
+    Raises:
+      ValueError: Names the argument.
+    """
+    if train_images < 0:
+        raise ValueError(f"config argument train_images={train_images}: must be 0 or more")
+
+
 def imagenet(source: str, data_dir: str) -> dict[str, Any]:
     """The `data` section of ImageNet-1k at 224 pixels: the crops, flips and evaluation of torchvision's ResNets.
 

@@ -68,19 +68,16 @@ def get_config(argument: str = "") -> ConfigDict:
     teacher, student = common.choose("pair", args.pair, PAIRS)
     data = common.choose("split", args.split, SPLITS)
     images = 1000 if data else 1297
-    names = args.method.split("+")
-    if len({*names}) < len(names):
-        raise ValueError(f"config argument method={args.method}: names a method twice")
-    if args.train_images < 0:
-        raise ValueError(f"config argument train_images={args.train_images}: must be 0 or more")
+    methods = common.summed(args.method, METHODS)
+    common.check_subset(args.train_images)
     config = _base(round(20 * 1297 / (args.train_images or images)), data)
     config.name = common.file_name("digits", args.method, str(args.train_images or ""), args.split.removeprefix("test"))
     config.seed = args.seed
     config.data.train_images = args.train_images
     config.student = ConfigDict(dict(name=student))
     config.task.label_weight = LABEL_WEIGHTS.get(args.method, 1.0)
-    config.methods = ConfigDict({name: common.choose("method", name, METHODS) for name in names})
-    if not {*names} <= {*ALONE}:
+    config.methods = ConfigDict(methods)
+    if not {*methods} <= {*ALONE}:
         config.teacher = ConfigDict(dict(train=_teacher(teacher, data)))
     return config
 

@@ -40,7 +40,8 @@ def get_config(argument: str = "") -> ConfigDict:
     args = common.parse(
         argument, method="wkd_l+wkd_f", train_images=0, seed=0, split="test", image_size=14, data_dir=""
     )
-    names = args.method.split("+")
+    methods = common.summed(args.method, digits_wkd.METHODS)
+    common.check_subset(args.train_images)
     data = dict(
         name="tfds",
         dataset="fashion_mnist",
@@ -55,14 +56,13 @@ def get_config(argument: str = "") -> ConfigDict:
     )
     config.seed = args.seed
     config.task.label_weight = digits_wkd.LABEL_WEIGHTS.get(args.method, 1.0)
-    methods = {name: dict(common.choose("method", name, digits_wkd.METHODS)) for name in names}
     if not args.train_images:
-        for name in names:
+        for name, settings in methods.items():
             if "schedule" in registry.get("methods", name).DEFAULTS:
-                methods[name]["schedule"] = dict(name="constant")
+                settings["schedule"] = dict(name="constant")
     config.methods = ConfigDict(methods)
     config.interrelation = ConfigDict(dict(groups=GROUPS))
-    if not {*names} <= {*digits_wkd.ALONE}:
+    if not {*methods} <= {*digits_wkd.ALONE}:
         teacher = _base("resnet8", data, dict(epochs=8))
         teacher.name = "fashion_teacher"
         config.teacher = ConfigDict(dict(train=teacher))

@@ -111,7 +111,8 @@ def test_what_the_wheel_says_and_holds(wheel):
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "wkd_jax").rglob("*.py")}
     code |= {f"wkd_jax/builtin/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == code
-    assert {"wkd_jax/py.typed", "wkd_jax/report/template.html"} <= names
+    pages = {f"wkd_jax/report/{path.name}" for path in (ROOT / "wkd_jax/report").glob("*.html")}
+    assert pages and {"wkd_jax/py.typed", *pages} <= names
     assert {name.split("/")[0] for name in names} == {"wkd_jax", about.split("/")[0]}
 
 

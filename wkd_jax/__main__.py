@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", metavar="COMMAND", help="one of those below; its arguments follow it")
     if argv and argv[0].startswith("--") and argv[0] not in ("--help", "--version"):
         argv = ["train", *argv]
+    if not argv:
+        parser.print_help()
+        return 2
     name = parser.parse_args(argv[:1]).command
     if name not in command.COMMANDS:
         parser.error(registry.unknown("command", name, command.COMMANDS))

@@ -42,6 +42,9 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The help, commands in it written as this one was."""
+        for action in self._actions:  # before lines are broken
+            if action.help:
+                action.help = spelt(action.help, self.prog)
         return spelt(super().format_help(), self.prog)
 
 

@@ -78,14 +78,19 @@ def read_config(argument: str) -> dict[str, Any]:
         spec = importlib.util.spec_from_file_location("wkd_jax_config", path)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except (ImportError, SyntaxError, NameError) as error:
-        raise ValueError(f"--config {name}: cannot be loaded: {error}") from error
+    except Exception as error:  # anybody's code runs here, and raises what it likes
+        raise ValueError(f"--config {name}: cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         sys.path[:] = before
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config {name}: has no get_config(argument) that returns the config")
-    config = module.get_config(arguments)
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    try:
+        config = module.get_config(arguments)
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    except ValueError:  # an argument that it refuses
+        raise
+    except Exception as error:
+        raise ValueError(f"--config {name}: get_config fails: {type(error).__name__}: {error}") from error
 
 
 def find(name: str) -> pathlib.Path:

@@ -82,7 +82,7 @@ def make(config: Mapping[str, Any], directory: pathlib.Path, teacher_directory: 
       TrainingError: If a run cannot go on.
       Preempted: If it was told to stop.
     """
-    with _explained(config):
+    with _explained(config), build.shared_data_sets():
         processes.everywhere(lambda: build.check(config))
         for run in chain(config, directory, teacher_directory):
             loop.run(*run)
@@ -138,7 +138,7 @@ def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     directory = pathlib.Path(args.workdir) if args.workdir else config_lib.default_workdir(config)
     teacher_directory = directory / "teacher" if args.workdir else None
     if args.check:
-        with _explained(config):
+        with _explained(config), build.shared_data_sets():
             for run in chain(config, directory, teacher_directory):
                 text = preflight.report(*run)
                 sys.stdout.write(text if jax.process_index() == 0 else "")

@@ -6,6 +6,7 @@ writer does the rest: name, version, features, order and shards are those of TFD
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import math
@@ -129,7 +130,8 @@ def write(builder: Any, sources: Sequence[str | os.PathLike[str]]) -> Iterator[s
                 yield i, {"image": file, "label": int(number)}
 
     FromFiles.name = builder.name
-    yield f"{builder.info.full_name} is written from {len(found)} idx files, which takes seconds; nothing is downloaded"
+    yield f"{builder.info.full_name} is written from {len(found)} idx files; nothing is downloaded"
     tfds.disable_progress_bar()
-    FromFiles(data_dir=builder.data_dir_root, file_format="array_record").download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS calls it a download
+        FromFiles(data_dir=builder.data_dir_root, file_format="array_record").download_and_prepare()
     yield f"{builder.info.full_name} is prepared, in {builder.data_dir}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,22 +62,34 @@ class Run:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
 
 
-_opened: dict[str, DataSet] = {}  # `data` section as JSON -> data set, of `data_set`
+_shared: dict[str, DataSet] | None = None  # within `shared_data_sets`: `data` section as JSON -> data set
+
+
+@contextlib.contextmanager
+def shared_data_sets() -> Iterator[None]:
+    """Within it, each data set is opened once.
+
+    A run and its teacher's mostly have the same, and are checked before either starts; reading a set into memory may
+    take longer than that. Kept no longer than the block, since files may change.
+    """
+    global _shared
+    before, _shared = _shared, {}
+    try:
+        yield
+    finally:
+        _shared = before
 
 
 def data_set(config: Mapping[str, Any]) -> DataSet:
-    """The data set of a config's `data` section.
-
-    The last two are kept: a run and its teacher's mostly have the same, are checked before either starts, and reading a
-    set into memory may take longer than the check.
-    """
+    """The data set of a config's `data` section."""
     key = config_lib.to_json(config)
-    if key not in _opened:
-        if len(_opened) > 1:
-            del _opened[next(iter(_opened))]
-        arguments = {name: value for name, value in config.items() if name != "name"}
-        _opened[key] = registry.get("data", config["name"])(**arguments)
-    return _opened[key]
+    if _shared is not None and key in _shared:
+        return _shared[key]
+    arguments = {name: value for name, value in config.items() if name != "name"}
+    opened = registry.get("data", config["name"])(**arguments)
+    if _shared is not None:
+        _shared[key] = opened
+    return opened
 
 
 def model(config: Mapping[str, Any], num_classes: int, dtype: str, seed: int) -> nnx.Module:
