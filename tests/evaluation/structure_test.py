@@ -65,6 +65,7 @@ def test_rank_one_share(noise):
     np.testing.assert_allclose(share, share_oracle(s, principal_factor(s)), atol=1e-6)
     assert share > {0.0: 1 - 1e-9, 0.05: 0.9, 0.3: 0.3}[noise]
     left = structure.remainder(s)
+    assert structure.measure(s, left) == structure.measure(s)
     np.testing.assert_array_equal(np.diag(left), 0)
     np.testing.assert_allclose(pairs(left), pairs(s - np.outer(found, found)), atol=1e-12)
     np.testing.assert_allclose(structure.rank_one_share(1e-3 * s), share, atol=1e-6)
@@ -133,6 +134,8 @@ def test_stability_of_a_pairing_and_of_halves():
     found = structure.stability(lambda x: np.asarray(cka(x)), x, similarity, samples=120, paired=True)
     np.testing.assert_array_equal(np.sort(x, axis=1), np.sort(before, axis=1))  # of each class, the same samples
     assert found["of"] == "pairing" and found["all"] > 0.9 and abs(found["rest"]) < 0.35
+    again = {"samples": 120, "paired": True, "left": structure.remainder(similarity)}
+    assert structure.stability(lambda x: np.asarray(cka(x)), before.copy(), similarity, **again) == found
     assert structure.rank_one_share(similarity) > 0.8
     other = np.asarray(cka(x), np.float64)
     np.testing.assert_allclose(found["all"], np.corrcoef(pairs(similarity), pairs(other))[0, 1], atol=1e-9)

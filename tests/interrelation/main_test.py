@@ -20,6 +20,19 @@ def _path(tmp_path):
     return path
 
 
+def test_a_run_is_its_file(path, capsys):
+    for argument in (path, path.parent):
+        assert main([str(argument)]) == 0
+    first, second = capsys.readouterr().out.split("One number a class", 2)[1:]
+    assert first == second
+    path.write_bytes(b"nonsense")
+    assert main([str(path.parent)]) == 1
+    assert "delete it and it is computed again" in capsys.readouterr().err
+    path.unlink()
+    assert main([str(path.parent)]) == 1
+    assert f"{path.parent} has no interrelation.npz: give the directory of a run" in capsys.readouterr().err
+
+
 def test_a_file_of_a_run(path, tmp_path, capsys):
     groups = tmp_path / "groups.json"
     groups.write_text(json.dumps(["insect", "insect", "mammal", "mammal"]))
@@ -57,4 +70,5 @@ def test_groups_that_do_not_fit(groups, message, path, tmp_path, capsys):
 def test_a_file_that_is_no_matrix(path, capsys):
     path.write_bytes(b"nonsense")
     assert main([str(path)]) == 1
-    assert "cannot be read as a class similarity" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cannot be read as a class similarity" in said and "give a run's directory" in said and "delete" not in said

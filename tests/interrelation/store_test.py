@@ -8,6 +8,7 @@ import pytest
 
 import wkd_jax
 from wkd_jax.interrelation import Interrelation, digest, hash_arrays, load, load_distance, load_file, provenance, save
+from wkd_jax.interrelation.store import load_named
 
 SHARED = pathlib.Path(__file__).parents[2] / "../shared"
 NAMES = ("ant", "bee", "süß")
@@ -69,7 +70,7 @@ def test_one_error_names_every_field_that_differs(path):
         "spec.kernel: the file has 'linear', this run has 'rbf'",
         "spec.bandwidth: the file has None, this run has 0.4",
         "spec.samples_per_class: the file has 7, this run has None",
-        "Delete it",
+        "To go on, delete it and it is computed again",
     ):
         assert part in message
     assert "teacher" not in message and "fingerprint" not in message
@@ -155,6 +156,17 @@ def test_load_file(path, tmp_path):
         load_file(tmp_path / "distance.txt", NAMES)
     with pytest.raises(FileNotFoundError, match=r"interrelation.file=.*nowhere.npy: there is no such file"):
         load_file(tmp_path / "nowhere.npy", NAMES)
+
+
+def test_a_named_file_is_of_the_runs_teacher_and_is_the_users(path):
+    found = load_named(path, NAMES, record(dtype="bfloat16", spec={"kind": "uniform"}))
+    assert found.provenance == record()
+    with pytest.raises(ValueError, match="weights_hash: .* To go on, point interrelation.file at") as caught:
+        load_named(path, NAMES, record(weights_hash="cc", dtype="bfloat16"))
+    assert "delete" not in str(caught.value).lower() and "dtype" not in str(caught.value)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="cannot be read .*point interrelation.file at"):
+        load_file(path, NAMES)
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,33 @@ def test_gaussian_distances_are_a_metric():
     np.testing.assert_array_equal(gaussian_similarity(np.ones((3, 4, 2))), 1)
 
 
+def reordered(shape, classes=6):
+    """The same samples for every class, each in an order of its own: float32 moments that differ by rounding alone."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=shape) * 10.0 ** rng.integers(-2, 3, shape[1]) + 5).astype(np.float32)
+    return np.stack([rng.permutation(x) for _ in range(classes)])
+
+
+@pytest.mark.parametrize("shape", [(100, 20), (20_000, 7)])
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e33])
+def test_rounding_is_no_distance(shape, factor):
+    x = reordered(shape) * np.float32(factor)
+    np.testing.assert_array_equal(gaussian_similarity(x), 1)
+    x[0] *= np.float32(1.001)  # far above rounding: one class is apart, the others are still the same
+    np.testing.assert_array_equal(gaussian_similarity(x)[1:, 1:], 1)
+    np.testing.assert_allclose(gaussian_similarity(x)[0, 1:], 0, atol=1e-3)
+
+
+def test_rounding_is_no_direction():
+    """Centred prototypes that are rounding are zero vectors, of all classes or of those that are the mean."""
+    x = reordered((100, 20))
+    assert np.ptp(x.mean(axis=1), axis=0).max() > 0
+    for of in (x.mean(axis=1), 1e33 * x.mean(axis=1), x.mean(axis=1, dtype=np.float64)):
+        np.testing.assert_array_equal(cosine_similarity(of, centred=True), np.eye(6))
+    apart = np.array([[7.1, 0.3], [0.1, 0.3], [3.6, 0.3]]) + 1e-7 * np.arange(3)[:, None]
+    np.testing.assert_allclose(cosine_similarity(apart, centred=True), [[1, -1, 0], [-1, 1, 0], [0, 0, 1]], atol=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_confusion_similarity(temperature):
     logits = 3 * np.random.default_rng(0).normal(size=(5, 7, 6))
@@ -260,6 +287,8 @@ def test_confusion_of_certain_predictions():
     for temperature in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="temperature=.*above 0"):
             confusion_similarity(certain, temperature=temperature)
+    traced = jax.jit(lambda t: confusion_similarity(certain, temperature=t))(2.0)
+    np.testing.assert_allclose(traced, confusion_similarity(certain, temperature=2.0), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 5), (40, 5), (3, 2, 9, 5)])
@@ -274,11 +303,22 @@ def test_logit_correlation(shape):
     check_form(result)
     np.testing.assert_allclose(result, covariance / np.outer(norm, norm), atol=3e-6)
     np.testing.assert_allclose(logit_correlation(1e15 * (logits + rng.normal(size=5))), result, atol=1e-5)
+    largest = np.float32(2e38) * rows / np.abs(rows).max()
+    np.testing.assert_allclose(logit_correlation(largest.astype(np.float32)), result, atol=1e-5)
     np.testing.assert_allclose(cka(rows.T[:, :, None]), np.square(result), atol=1e-5)  # CKA of columns: no sign
 
 
 def test_logit_that_never_changes_goes_with_no_other():
     np.testing.assert_array_equal(logit_correlation(np.full((2, 6, 3), 0.1) * [1, 2, 3]), np.eye(3))
+    rng = np.random.default_rng(0)
+    for classes, spread in ((3, 10.0), (3, 1e3), (300, 1e37), (300, 1e-20)):
+        shift = spread * rng.normal(size=(4, 50, 1))
+        shift[0, 0] *= 10  # the first sample serves as the origin
+        logits = (shift + spread * rng.normal(size=classes)).astype(np.float32)
+        np.testing.assert_array_equal(logit_correlation(logits), np.eye(classes))
+    some = rng.normal(size=(80, 1)) * [1.0, -1.0, 0.0, 0.0] + 10 * rng.normal(size=(80, 1)) + rng.normal(size=4)
+    expected = [[1, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_allclose(logit_correlation(some), expected, atol=1e-5)
     two = logit_correlation(np.array([[1.0, 2.0], [2.0, 0.0], [5.0, 1.0]]))
     np.testing.assert_allclose(two, [[1, -1], [-1, 1]], atol=1e-6)
 

@@ -40,6 +40,14 @@ def test_every_quantity_has_its_place():
     assert ">teacher<" in groups[0].figures[2].svg
 
 
+def test_a_single_evaluation():
+    once = {"student_top1": curve([50]), "loss": curve([2]), "examples": curve([10])}
+    groups = curves.groups({"eval": once, "holdout": {"loss": curve([3, 3])}}, {"student_top1": 90.0})
+    assert groups[-1].remark == (
+        "At the only evaluation: loss 2, examples 10. The same in every evaluation: holdout: loss 3."
+    )
+
+
 def test_nothing_logged():
     assert curves.groups({}, {}) == []
     assert curves.longest({}) == 0

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from wkd_jax.report import plots, svg
 from wkd_jax.report.read import Curve
@@ -45,6 +46,17 @@ def test_an_isolated_point_is_visible():
     drawn = [plots.curves("x", {"a": curve(np.where(np.arange(100) == 50, 1.0, keep))}) for keep in (np.nan, 1.0)]
     marks = [len(re.findall("<use ", figure)) for figure in drawn]
     assert marks[0] > marks[1]  # besides the ticks: the point, and both ends of what is broken around it
+
+
+@pytest.mark.parametrize("level", [20.0, 90.0])
+def test_the_level_beside_a_single_point_is_within_the_axes(level, monkeypatch):
+    limits, line = [], []
+    axhline, legend = Axes.axhline, Axes.legend
+    monkeypatch.setattr(Axes, "axhline", lambda axes, y, **how: line.append(y) or axhline(axes, y, **how))
+    monkeypatch.setattr(Axes, "legend", lambda axes, **how: limits.append(axes.get_ylim()) or legend(axes, **how))
+    plots.curves("x", {"a": curve([50.0])}, level=("teacher", level))
+    ((low, high),) = limits
+    assert line == [level] and low == 0 and high == 1.25 * max(level, 50)
 
 
 def test_a_figure_is_clean_well_formed_and_deterministic():

@@ -152,6 +152,7 @@ def test_another_run_finds_it_in_the_cache(cache, tmp_path):
     data = images()
     again = make(config).similarity(config, data, folders[1], report=notes.append)
     np.testing.assert_array_equal(again, first)
+    assert interrelation.load(folders[1] / workdir.INTERRELATION).structure["stability"]
     assert not data.read and "found in the cache" in notes[0]
     assert [note[:45] for note in notes[1:]] == said and notes[2].startswith("class similarity: The images paired")
     np.testing.assert_array_equal(interrelation.load(folders[1] / workdir.INTERRELATION).similarity, first)
@@ -163,6 +164,32 @@ def test_another_run_finds_it_in_the_cache(cache, tmp_path):
     other = settings(dtype="bfloat16")
     make(other).similarity(other, data, folders[3])  # the same teacher in other arithmetic is not the same
     assert len(data.read) == 120 and len(list(file.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["cka", "gaussian"])
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB\nmore"), MemoryError()])
+def test_a_measure_that_fails_costs_no_matrix(kind, error, cache, tmp_path, monkeypatch):
+    config, notes, seen = settings(interrelation={"kind": kind}), [], []
+    path = tmp_path / workdir.INTERRELATION
+
+    def fail(*args, **kwargs):
+        seen.append(interrelation.load(path))
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrelation.structure, "stability", fail)
+        similarity = make(config).similarity(config, images(), tmp_path, report=notes.append)
+    (file,) = (cache / "interrelation").iterdir()
+    for kept in (*seen, interrelation.load(path), interrelation.load(file)):
+        np.testing.assert_array_equal(kept.similarity, similarity)
+        assert list(kept.structure) == ["rank_one_share"]
+    why = str(error).split("\n")[0] or "MemoryError"
+    (said,) = [note for note in notes if "is not measured" in note]
+    assert said == f"class similarity: its stability is not measured ({why}); the matrix itself is kept and used"
+    path.unlink()
+    data = images()
+    np.testing.assert_array_equal(make(config).similarity(config, data, tmp_path, report=notes.append), similarity)
+    assert not data.read
 
 
 def test_groups_are_for_people(cache, tmp_path):

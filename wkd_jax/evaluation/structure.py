@@ -45,8 +45,9 @@ def rank_one(similarity: np.ndarray) -> np.ndarray:
     s = s / size
 
     def loss(a: np.ndarray) -> tuple[float, np.ndarray]:
-        left = _hollow(s - np.outer(a, a))
-        return np.sum(left**2) / 4, -left @ a
+        """A quarter of the sum of squares, up to a constant, without a [C, C] array of its own."""
+        product, square = s @ a, a @ a
+        return (square**2 - np.sum(a**4)) / 4 - a @ product / 2, square * a - a**3 - product
 
     value, vector = linalg.eigh(s, subset_by_index=[len(s) - 1, len(s) - 1])
     constant = np.full(len(s), np.sqrt(max(_pairs(s).mean(), 0)))
@@ -63,7 +64,7 @@ def remainder(similarity: np.ndarray) -> np.ndarray:
     return _hollow(np.asarray(similarity, np.float64) - np.outer(a, a))
 
 
-def rank_one_share(similarity: np.ndarray) -> float:
+def rank_one_share(similarity: np.ndarray, left: np.ndarray | None = None) -> float:
     """Share of the variance of s_ij over pairs of classes that the best a_i a_j explains.
 
     1 - sum (s_ij - a_i a_j)^2 / sum (s_ij - mean)^2 over i != j; 0 where no a is better than the constant. NaN where
@@ -72,6 +73,7 @@ def rank_one_share(similarity: np.ndarray) -> float:
 
     Args:
       similarity: [C, C], symmetric. The diagonal does not count.
+      left: Its `remainder`, where it is known.
 
     Example:
       >>> groups = np.kron(np.eye(3), np.ones((4, 4)))  # three groups of four, nothing in common
@@ -81,8 +83,8 @@ def rank_one_share(similarity: np.ndarray) -> float:
     values = _pairs(similarity)
     if len(similarity) < _FEWEST or np.ptp(values) <= _ALIKE:
         return np.nan
-    left = np.sum(_pairs(remainder(similarity)) ** 2)
-    return float(max(0.0, 1 - left / np.sum((values - values.mean()) ** 2)))
+    left = remainder(similarity) if left is None else left
+    return float(max(0.0, 1 - np.sum(_pairs(left) ** 2) / np.sum((values - values.mean()) ** 2)))
 
 
 def check_groups(groups: Sequence[str], class_names: Sequence[str]) -> None:
@@ -129,6 +131,7 @@ def stability(
     *,
     samples: int,
     paired: bool,
+    left: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """How a similarity, and what `rank_one` leaves of it, correlates over pairs of classes with another as good.
@@ -142,6 +145,7 @@ def stability(
       similarity: What `make` gave for them.
       samples: Images of each class; their N / samples positions stay together.
       paired: Whether the order of samples matters to `make`.
+      left: The `remainder` of the similarity, where it is known. Not used for halves.
       seed: Of the shuffling.
 
     Returns:
@@ -161,15 +165,17 @@ def stability(
         images[:] = images[rng.permutation(samples)]
     if paired:
         of, first, second = "pairing", similarity, make(features)
+        left = remainder(first) if left is None else left
     else:
         half = samples // 2 * (features.shape[1] // samples)
         of, first, second = "halves", make(features[:, :half]), make(features[:, half : 2 * half])
-    return {"of": of, "all": _correlation(first, second), "rest": _correlation(remainder(first), remainder(second))}
+        left = remainder(first)
+    return {"of": of, "all": _correlation(first, second), "rest": _correlation(left, remainder(second))}
 
 
-def measure(similarity: np.ndarray) -> dict[str, Any]:
-    """What is kept beside a matrix: `rank_one_share`, None where it is not defined."""
-    share = rank_one_share(similarity)
+def measure(similarity: np.ndarray, left: np.ndarray | None = None) -> dict[str, Any]:
+    """What is kept beside a matrix: `rank_one_share`, None where it is not defined. `left`: as there."""
+    share = rank_one_share(similarity, left)
     return {"rank_one_share": None if np.isnan(share) else share}
 
 

@@ -23,6 +23,7 @@ from wkd_jax.interrelation.store import (
     load,
     load_distance,
     load_file,
+    load_named,
     provenance,
     save,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "load_distance",
     "load_file",
+    "load_named",
     "provenance",
     "relevant",
     "rescaled",

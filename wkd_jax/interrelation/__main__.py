@@ -1,6 +1,6 @@
 """Command line: what a class similarity says, by its measures and by the classes it finds the most alike.
 
-    python -m wkd_jax.interrelation runs/mine/interrelation.npz
+    python -m wkd_jax.interrelation runs/mine
     python -m wkd_jax.interrelation distance.npy --groups groups.json
 
 Exit codes: 0 done; 1 a file is not there, or is not such a matrix.
@@ -17,7 +17,7 @@ import numpy as np
 
 from wkd_jax.command import Parser
 from wkd_jax.evaluation import structure
-from wkd_jax.interrelation.store import load, load_distance
+from wkd_jax.interrelation.store import Interrelation, load, load_distance
 
 NEAREST = 3
 
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m wkd_jax.inter
     parser.add_argument(
         "file",
         type=pathlib.Path,
-        help="interrelation.npz of a run's directory or of the cache, or a .npy distance matrix such as the authors' "
-        "(0 on the diagonal), whose classes are then numbers",
+        help="a run's directory or its interrelation.npz, a file of the cache, or a .npy distance matrix such as the "
+        "authors' (0 on the diagonal), whose classes are then numbers",
     )
     parser.add_argument(
         "--groups",
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m wkd_jax.inter
 
 
 def print_structure(path: pathlib.Path, groups_path: pathlib.Path | None) -> None:
-    """Prints measures and neighbours of the matrix in a file.
+    """Prints measures and neighbours of the matrix in a file, or in a run's directory.
 
     Raises:
       OSError: If a file is not there.
@@ -57,7 +57,8 @@ def print_structure(path: pathlib.Path, groups_path: pathlib.Path | None) -> Non
         similarity = load_distance(path)
         names, measured = tuple(str(number) for number in range(len(similarity))), {}
     else:
-        found = load(path)
+        remedy = "give a run's directory, its interrelation.npz, or a distance matrix that ends in .npy"
+        found = _of_run(path) if path.is_dir() else load(path, remedy=remedy)
         similarity, names, measured = found.similarity, found.class_names, found.structure
     groups = _groups(groups_path) if groups_path else []
     structure.check_groups(groups, names)
@@ -69,6 +70,16 @@ def print_structure(path: pathlib.Path, groups_path: pathlib.Path | None) -> Non
         nearest = np.argsort(-row, kind="stable")[: min(NEAREST, len(names) - 1)]
         lines.append(f"{name}: {', '.join(f'{names[i]} {row[i]:.4f}' for i in nearest)}")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _of_run(directory: pathlib.Path) -> Interrelation:
+    path = directory / "interrelation.npz"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{directory} has no interrelation.npz: give the directory of a run that uses a class similarity, once it "
+            "has begun"
+        )
+    return load(path)
 
 
 def _groups(path: pathlib.Path) -> list[str]:

@@ -24,6 +24,8 @@ _DAMAGED = (EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.
 # Distances are written in float32: what rounding leaves of a zero diagonal and of symmetry.
 _ROUNDING = 1e-5
 
+_AGAIN = "delete it and it is computed again"  # right of a run's directory and of the cache
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Interrelation:
@@ -136,12 +138,20 @@ def save(path: pathlib.Path, interrelation: Interrelation) -> None:
         raise OSError(f"{path} cannot be written: {error.strerror}. Free some space and run again") from error
 
 
-def load(path: pathlib.Path, expected: Mapping[str, Any] | None = None) -> Interrelation:
+def load(
+    path: pathlib.Path,
+    expected: Mapping[str, Any] | None = None,
+    *,
+    ignored: Sequence[str] = (),
+    remedy: str = _AGAIN,
+) -> Interrelation:
     """Reads what `save` wrote.
 
     Args:
       path: The .npz file.
       expected: This run's `provenance`. None: the file is taken as it is, whatever made it.
+      ignored: Fields of it that are not compared.
+      remedy: What messages tell the user to do.
 
     Raises:
       FileNotFoundError: If there is no such file.
@@ -154,21 +164,20 @@ def load(path: pathlib.Path, expected: Mapping[str, Any] | None = None) -> Inter
             structure = json.loads(str(file.get("structure", "{}")))  # files of older versions
     except _DAMAGED as error:
         raise ValueError(
-            f"{path} cannot be read as a class similarity ({error}): it is damaged or another kind of file; delete it "
-            "and it is computed again"
+            f"{path} cannot be read as a class similarity ({error}): it is damaged or another kind of file; {remedy}"
         ) from error
     sound = similarity.shape == (len(names), len(names)) and np.isfinite(similarity).all()
     if not sound or not isinstance(record, dict) or not isinstance(structure, dict):
         raise ValueError(
             f"{path} is damaged: similarity {similarity.shape} of {len(names)} classes must be square and finite, with "
-            "a record of what it was made from; delete it and it is computed again"
+            f"a record of what it was made from; {remedy}"
         )
     if expected is not None:
-        changed = _differences(record, expected)
+        changed = _differences(record, {**expected, **{key: record.get(key) for key in ignored}})
         if changed:
             raise ValueError(
-                f"{path} holds the class similarity of something else than this run: {'; '.join(changed)}. Delete it "
-                "and it is computed again, or keep it and choose another work directory"
+                f"{path} holds the class similarity of something else than this run: {'; '.join(changed)}. To go on, "
+                f"{remedy}"
             )
     return Interrelation(similarity, tuple(str(name) for name in names), record, structure)
 
@@ -188,23 +197,33 @@ def _differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: 
 
 
 def load_file(path: pathlib.Path, class_names: Sequence[str]) -> np.ndarray:
+    """The similarity [C, C] float32 of `load_named`, whatever teacher made it."""
+    return load_named(path, class_names).similarity
+
+
+def load_named(
+    path: pathlib.Path, class_names: Sequence[str], expected: Mapping[str, Any] | None = None
+) -> Interrelation:
     """A class similarity made elsewhere, what `interrelation.file` names.
 
     Args:
       path: .npz that `save` wrote, for the same classes in the same order; or .npy, see `load_distance`.
       class_names: Of this run's data set.
+      expected: This run's `provenance`: a .npz must be of the same teacher and data, by whatever spec and arithmetic.
+        None: it is taken whatever made it.
 
     Returns:
-      [C, C] float32.
+      It; of a .npy, whose provenance is not known, with none.
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If it is not of these classes, is damaged, or ends otherwise.
+      ValueError: If it is not of these classes, of something else than `expected`, is damaged, or ends otherwise.
     """
     if not path.is_file():
         raise FileNotFoundError(f"interrelation.file={path}: there is no such file")
     if path.suffix == ".npz":
-        interrelation = load(path)
+        remedy = "point interrelation.file at one that this run's teacher made for this data set"
+        interrelation = load(path, expected, ignored=("spec", "dtype"), remedy=remedy)
         if interrelation.class_names != tuple(class_names):
             pairs = itertools.zip_longest(interrelation.class_names, class_names)
             number, (theirs, ours) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
@@ -212,7 +231,7 @@ def load_file(path: pathlib.Path, class_names: Sequence[str]) -> np.ndarray:
                 f"{path} is not of this run's classes: its class {number} is {theirs!r}, the data set's {ours!r}; "
                 "point interrelation.file at one made for this data set"
             )
-        return interrelation.similarity
+        return interrelation
     if path.suffix != ".npy":
         raise ValueError(f"interrelation.file={path}: must end in .npz (from a run) or .npy (a distance matrix)")
     similarity = load_distance(path)
@@ -221,7 +240,7 @@ def load_file(path: pathlib.Path, class_names: Sequence[str]) -> np.ndarray:
             f"{path} has {len(similarity)} classes, this run's data set {len(class_names)}: point "
             "interrelation.file at one made for this data set"
         )
-    return similarity
+    return Interrelation(similarity, tuple(class_names), {})
 
 
 def load_distance(path: pathlib.Path) -> np.ndarray:

@@ -14,6 +14,7 @@ Array = jax.Array
 _Stats = TypeVar("_Stats")
 
 _WORKSPACE = 2**28  # bytes that one block of features, or of kernel values, may take
+_ROUNDING = 16 * float(np.finfo(np.float32).eps)  # relative to a vector: what float32 leaves of one that should be zero
 _ROWS = 128  # samples a block; below it batched products are slow (measured: 13 GFLOP/s at 64, 43 at 128)
 
 
@@ -82,7 +83,8 @@ def cosine_similarity(prototypes: Array, *, centred: bool = False) -> Array:
     Args:
       prototypes: [C, D], any float dtype; computed in float32.
       centred: Subtract the mean of the prototypes first: what all classes have in common makes none of them alike. The
-        cosine of two classes is then always -1, and that of C unrelated ones -1 / (C - 1) on average.
+        cosine of two classes is then always -1, and that of C unrelated ones -1 / (C - 1) on average. What is left
+        below 2e-6 of the largest prototype is rounding and counts as zero.
 
     Returns:
       [C, C] float32 in [-1, 1], symmetric, exactly 1 on the diagonal; 0 between a zero prototype and any other.
@@ -105,8 +107,10 @@ def cosine_similarity(prototypes: Array, *, centred: bool = False) -> Array:
         raise ValueError(f"prototypes must be [C, D], got {jnp.shape(prototypes)}")
     x = jnp.asarray(prototypes, jnp.float32)
     if centred:
-        x = x - x[:1]  # so that prototypes that are all the same are exactly zero
-        x = x - jnp.mean(x, axis=0)
+        x = x / _largest(x)
+        noise = _ROUNDING * jnp.max(jnp.linalg.norm(x, axis=1))
+        x = x - _mean(x)
+        x = jnp.where(jnp.linalg.norm(x, axis=1, keepdims=True) > noise, x, 0.0)
     x = x * _reciprocal(jnp.max(jnp.abs(x), axis=1, keepdims=True, initial=0.0))  # squares stay within float32
     return _normalised(jnp.matmul(x, x.T, precision=lax.Precision.HIGHEST), lowest=-1.0)
 
@@ -122,8 +126,8 @@ def gaussian_similarity(features: Array) -> Array:
       features: [C, N, D], any float dtype; computed in float32. The order of samples does not matter.
 
     Returns:
-      [C, C] float32 in [0, 1], symmetric, exactly 1 on the diagonal and between classes of equal mean and deviation;
-      0 between the two that are furthest apart.
+      [C, C] float32 in [0, 1], symmetric, exactly 1 on the diagonal and between classes of equal mean and deviation
+      (closer than 2e-6 of the largest |(mu, sigma)|, which is rounding); 0 between the two that are furthest apart.
 
     Raises:
       ValueError: If the shape is another, or empty.
@@ -139,15 +143,19 @@ def gaussian_similarity(features: Array) -> Array:
       Dowson and Landau, "The Frechet distance between multivariate normal distributions", 1982.
     """
     _check_features(features)
-    moments: Array = lax.map(_moments, jnp.asarray(features))  # [C, 2, D]
+    features = jnp.asarray(features)
+    largest = _largest(features)
+    moments: Array = lax.map(lambda x: _moments(x.astype(jnp.float32) / largest), features)  # [C, 2, D]
+    noise = _ROUNDING * jnp.sqrt(jnp.max(jnp.sum(moments**2, axis=(1, 2))))
     moments = moments - jnp.mean(moments, axis=0)  # leaves distances as they are
-    moments = moments * _reciprocal(jnp.max(jnp.abs(moments)))  # squares stay within float32
     squared = lax.map(lambda one: jnp.sum((moments - one) ** 2, axis=(1, 2)), moments)
     distance = jnp.sqrt((squared + squared.T) / 2)
-    return 1 - distance * _reciprocal(jnp.max(distance))
+    distance = jnp.where(distance > noise, distance, 0.0)
+    furthest = _largest(distance)
+    return jnp.where(distance < furthest, 1 - distance / furthest, 0.0)  # x / x may be below 1 in XLA
 
 
-def confusion_similarity(logits: Array, *, temperature: float = 1.0) -> Array:
+def confusion_similarity(logits: Array, *, temperature: float | Array = 1.0) -> Array:
     """Bhattacharyya coefficient of the classes' mean predictions, sum_k sqrt(P_ik P_jk).
 
     P_i is the mean over the class's samples of softmax(logits / temperature): two classes are alike where the network
@@ -155,13 +163,13 @@ def confusion_similarity(logits: Array, *, temperature: float = 1.0) -> Array:
 
     Args:
       logits: [C, N, K], N samples of each class; any float dtype, computed in float32. Their order does not matter.
-      temperature: Above 0.
+      temperature: Above 0, a scalar, may be traced.
 
     Returns:
       [C, C] float32 in [0, 1], symmetric, exactly 1 on the diagonal.
 
     Raises:
-      ValueError: If the shape is another, or empty; if the temperature is not above 0.
+      ValueError: If the shape is another, or empty; if the temperature is not above 0 (checked where it is not traced).
 
     Example:
       >>> logits = jnp.log(jnp.array([[[0.5, 0.5, 0.0]], [[0.5, 0.5, 0.0]], [[0.0, 0.5, 0.5]]]))
@@ -174,7 +182,7 @@ def confusion_similarity(logits: Array, *, temperature: float = 1.0) -> Array:
       Bhattacharyya, "On a measure of divergence between two statistical populations", 1943.
     """
     _check_features(logits)
-    if not temperature > 0:
+    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")
 
     def root(x: Array) -> Array:
@@ -195,8 +203,8 @@ def logit_correlation(logits: Array) -> Array:
       logits: [..., C], any float dtype; computed in float32.
 
     Returns:
-      [C, C] float32 in [-1, 1], symmetric, exactly 1 on the diagonal; 0 between a class whose logit never changes and
-      any other.
+      [C, C] float32 in [-1, 1], symmetric, exactly 1 on the diagonal; 0 between a class whose logit never changes
+      around the mean of its sample, by more than 2e-6 of the sample's largest logit, which is rounding, and any other.
 
     Raises:
       ValueError: If the shape is another, or empty.
@@ -213,20 +221,24 @@ def logit_correlation(logits: Array) -> Array:
     x = jnp.asarray(logits)
     x = x.reshape(-1, *x.shape[-2:])
 
+    largest = _largest(x)  # squares stay within float32
+
     def shifted(part: Array) -> Array:  # a part at a time: a shifted copy of everything would double the memory
-        part = part.astype(jnp.float32)
-        return part - jnp.mean(part, axis=1, keepdims=True)
+        part = part.astype(jnp.float32) / largest
+        return part - _mean(part, axis=1)
 
-    origin = shifted(x[0, :1])  # logits that never change are exactly zero then
+    origin = shifted(x[0, :1])
     mean = jnp.mean(lax.map(lambda part: jnp.mean(shifted(part) - origin, axis=0), x), axis=0)
-    size = jnp.max(lax.map(lambda part: jnp.max(jnp.abs(shifted(part) - origin - mean), axis=0), x), axis=0)
 
-    def add(total: Array, part: Array) -> tuple[Array, None]:
-        y = (shifted(part) - origin - mean) * _reciprocal(size)
-        return total + jnp.matmul(y.T, y, precision=lax.Precision.HIGHEST), None
+    def add(total: tuple[Array, Array], part: Array) -> tuple[tuple[Array, Array], None]:
+        y = shifted(part) - origin - mean
+        size = jnp.max(jnp.abs(part.astype(jnp.float32) / largest), axis=1)
+        products = jnp.matmul(y.T, y, precision=lax.Precision.HIGHEST)
+        return (total[0] + products, total[1] + jnp.sum(size**2)), None
 
-    products, _ = lax.scan(add, jnp.zeros((x.shape[2],) * 2), x)
-    return _normalised(products, lowest=-1.0)
+    (products, sizes), _ = lax.scan(add, (jnp.zeros((x.shape[2],) * 2), jnp.zeros(())), x)
+    changes = jnp.diagonal(products) > _ROUNDING**2 * sizes
+    return _normalised(jnp.where(changes[:, None] & changes, products, 0.0), lowest=-1.0)
 
 
 def ground_cost(similarity: Array, *, sharpness: float | Array) -> Array:
@@ -264,14 +276,30 @@ def _check_features(features: Array) -> None:
         raise ValueError(f"features must be [C, N, D], none of them 0; got {jnp.shape(features)}")
 
 
+def _largest(x: Array) -> Array:
+    """What x is divided by so that squares stay within float32: the largest size in it, without a copy of x.
+
+    1 if all are 0; at most 2^125, since XLA multiplies by the reciprocal, and that of more is not a normal float.
+    """
+    largest = jnp.max(lax.map(lambda part: jnp.max(jnp.abs(part)), x)).astype(jnp.float32)
+    return jnp.where(largest == 0, 1.0, jnp.minimum(largest, 2.0**125))
+
+
+def _mean(x: Array, axis: int = 0) -> Array:
+    """Mean along an axis, which is kept; its error is a few eps times the root mean square, however many numbers.
+
+    One pass over N numbers may leave sqrt(N) eps. The mean of numbers that are all the same is exactly that number.
+    """
+    mean = lax.slice_in_dim(x, 0, 1, axis=axis)
+    for _ in range(2):
+        mean = mean + jnp.mean(x - mean, axis=axis, keepdims=True)
+    return mean
+
+
 def _moments(x: Array) -> Array:
     """Mean and standard deviation of each channel of one class's samples [N, D]: [2, D]."""
-    x = x.astype(jnp.float32)
-    origin = x[:1]  # samples that are all the same have no deviation at all
-    mean = jnp.mean(x - origin, axis=0)
-    size = jnp.max(jnp.abs(x - origin - mean))
-    deviation = size * jnp.sqrt(jnp.mean(((x - origin - mean) * _reciprocal(size)) ** 2, axis=0))
-    return jnp.stack([origin[0] + mean, deviation])
+    mean = _mean(x)
+    return jnp.concatenate([mean, jnp.sqrt(_mean((x - mean) ** 2))])
 
 
 def _normalised(products: Array, *, lowest: float) -> Array:

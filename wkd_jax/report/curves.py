@@ -69,7 +69,6 @@ def groups(curves: Mapping[str, Curves], teacher: Mapping[str, float | None]) ->
         rows.append(_figure(f"{key}: weight × term", {key: weighted[key]}))
     watched = {key: train.pop(key) for key in list(train) if "/" in key}
     constants = {key: curve for key, curve in evaluated.items() if (curve.values == curve.values[0]).all()}
-    remark = ", ".join(f"{key} {curve.values[0]:.6g}" for key, curve in constants.items())
     found = [
         Group("Overview", overview),
         Group("Loss terms", rows, "A row each: the term, its weight, and what it adds to the total loss."),
@@ -78,10 +77,22 @@ def groups(curves: Mapping[str, Curves], teacher: Mapping[str, float | None]) ->
         Group(
             "Evaluation",
             _singles({key: curve for key, curve in evaluated.items() if key not in constants}),
-            remark and f"The same in every evaluation: {remark}.",
+            _remark(constants),
         ),
     ]
     return [group for group in found if group.figures or group.title == "Evaluation" and group.remark]
+
+
+def _remark(constants: Curves) -> str:
+    """What is said of quantities that do not change, and are not drawn."""
+    said = []
+    for words, several in (("At the only evaluation", False), ("The same in every evaluation", True)):
+        named = [
+            f"{key} {curve.values[0]:.6g}" for key, curve in constants.items() if (curve.values.size > 1) == several
+        ]
+        if named:
+            said.append(f"{words}: {', '.join(named)}.")
+    return " ".join(said)
 
 
 def longest(curves: Mapping[str, Curves]) -> int:

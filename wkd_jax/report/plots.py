@@ -155,7 +155,7 @@ def curves(
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             if values.size and values.min() == values.max() > 0:  # a constant: show how far it is from 0
-                axes.set_ylim(0, 1.25 * values.max())
+                axes.set_ylim(0, 1.25 * max([values.max(), *([level[1]] if level else [])]))
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=True))

@@ -97,49 +97,67 @@ class Teacher:
 
         def keep(
             similarity: np.ndarray, origin: Mapping[str, Any], structure: Mapping[str, Any] | None = None
-        ) -> Interrelation:
+        ) -> np.ndarray:
             structure = structure or interrelation.structure.measure(similarity)
-            found = Interrelation(similarity, task.class_names, origin, structure)
-            interrelation.save(path, found)
+            interrelation.save(path, Interrelation(similarity, task.class_names, origin, structure))
+            tell(structure, similarity)
+            return similarity
+
+        def tell(structure: Mapping[str, Any], similarity: np.ndarray) -> None:
             for sentence in interrelation.structure.sentences(structure, similarity, spec["groups"]):
                 report(f"class similarity: {sentence}")
-            return found
 
         def find() -> np.ndarray | None:
             if spec["file"]:
-                named, structure = _named_file(spec["file"], task.class_names, record)
-                return keep(named, {"file": spec["file"]}, structure).similarity
+                named = interrelation.load_named(pathlib.Path(spec["file"]), task.class_names, record)
+                return keep(named.similarity, {"file": spec["file"]}, named.structure)
             if path.exists():
-                return interrelation.load(path, record).similarity
+                remedy = "delete it and it is computed again, or choose another work directory"
+                return interrelation.load(path, record, remedy=remedy).similarity
             if spec["kind"] == "uniform":
-                return keep(np.eye(info.num_classes, dtype=np.float32), record).similarity
+                return keep(np.eye(info.num_classes, dtype=np.float32), record)
             if spec["kind"] == "classifier":
                 kernel = self.network.arrays[info.classifier]
-                return keep(interrelation.from_classifier(kernel, centred=spec["centred"]), record).similarity
+                return keep(interrelation.from_classifier(kernel, centred=spec["centred"]), record)
             cached = interrelation.cached.find(record, task.class_names, report)
-            return cached if cached is None else keep(cached.similarity, record, cached.structure).similarity
+            return cached if cached is None else keep(cached.similarity, record, cached.structure)
 
         def compute(features: np.ndarray) -> np.ndarray:
             try:
                 similarity = interrelation.from_features(spec, features)
-                structure = interrelation.structure.measure(similarity)
-                structure["stability"] = interrelation.structure.stability(
-                    lambda features: interrelation.from_features(spec, features),
-                    features,  # shuffled: no longer what the matrix was made from
-                    similarity,
-                    samples=samples,
-                    paired=spec["kind"] == "cka",
-                )
             except jax.errors.JaxRuntimeError as error:
                 raise ValueError(
                     f"class similarity: the device of process 0 fails on class features {features.shape} "
                     f"({str(error).splitlines()[0][:300]}): lower interrelation.samples_per_class, or compute the "
                     "matrix on another machine and set interrelation.file"
                 ) from error
-            found = keep(similarity, record, structure)
+            left = interrelation.structure.remainder(similarity)
+            found = Interrelation(
+                similarity, task.class_names, record, interrelation.structure.measure(similarity, left)
+            )
+            leave(found)
+            try:
+                stability = interrelation.structure.stability(
+                    lambda features: interrelation.from_features(spec, features),
+                    features,  # shuffled: no longer what the matrix was made from
+                    similarity,
+                    samples=samples,
+                    paired=spec["kind"] == "cka",
+                    left=left,
+                )
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:  # of a measure, which training does not need
+                why = str(error).partition("\n")[0][:300] or type(error).__name__
+                report(f"class similarity: its stability is not measured ({why}); the matrix itself is kept and used")
+            else:
+                found = dataclasses.replace(found, structure={**found.structure, "stability": stability})
+                leave(found)
+            tell(found.structure, similarity)
+            return similarity
+
+        def leave(found: Interrelation) -> None:
+            interrelation.save(path, found)
             if not lost:  # what is left for others is of the whole data set
                 interrelation.cached.keep(found, report)
-            return similarity
 
         shape = (info.num_classes, info.num_classes)
         similarity = _from_first(find, shape)
@@ -209,22 +227,6 @@ class Teacher:
                 keep=jax.process_index() == 0,
                 progress=lambda done, total: progress.update(done, {}),
             )
-
-
-def _named_file(
-    name: str, class_names: Sequence[str], record: Mapping[str, Any]
-) -> tuple[np.ndarray, Mapping[str, Any]]:
-    """The matrix that `interrelation.file` names, and its structure where the file has it.
-
-    A file of ours says what made it, and that must be this teacher.
-    """
-    path = pathlib.Path(name)
-    similarity = interrelation.load_file(path, class_names)
-    if path.suffix != ".npz":
-        return similarity, {}
-    found = interrelation.load(path)
-    interrelation.load(path, {**record, **{key: found.provenance.get(key) for key in ("spec", "dtype")}})
-    return similarity, found.structure
 
 
 def _placed(arrays: Params, mesh: Mesh, rules: Sequence[tuple[str, tuple[Any, ...]]]) -> Params:
