@@ -9,7 +9,7 @@ Arguments:
   train_images  training images of the student, balanced over the classes; 0 (the default): all 1,297. The teacher
                 always sees all of them. The number of steps stays about the same.
   seed          of the student's run; the teacher's is 0
-  pair          r8x4_r8 (the default): resnet8x4 to resnet8; r8_half: resnet8 to one of half its width, six times faster
+  pair          r8x4_r8 (the default): resnet8x4 to resnet8; r8_half: resnet8 to one of half its width, for many runs
   split         test (the default); validation: nothing sees the test images, the last 297 training images are evaluated
 
 Not a setting of the paper: a small one that runs everything the paper's settings run. The rivals have weights of the
