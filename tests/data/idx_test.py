@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from tfds_writer import FASHION_MNIST, fashion_mnist
+from tfds_writer import CLASSES, FASHION_MNIST, fashion_mnist
 
 from wkd_jax.data import idx
 from wkd_jax.data.__main__ import main
@@ -13,7 +13,6 @@ from wkd_jax.data.prepare import open_builder
 from wkd_jax.data.tfds import tfds
 
 COUNTS = {"train": 30, "t10k": 20}
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 def pack(array):
@@ -43,7 +42,7 @@ def test_prepared_set_is_an_ordinary_one(made, tmp_path, capfd):
     assert command(folder, tmp_path / "tfds") == 0
     assert "train: 30 examples in 1 files" in capfd.readouterr().out
     data = tfds(dataset="fashion_mnist", data_dir=str(tmp_path / "tfds"))
-    assert data.class_names == CLASSES
+    assert data.class_names == tuple(CLASSES)
     for prefix, split in (("train", data.train), ("t10k", data.test)):
         images, labels = arrays[prefix]
         # TFDS shuffles by a hash of the position; as a set of examples they are the same.

@@ -233,7 +233,7 @@ def _check_fashion_mnist(directory, train_count, test_count):
         images, labels = fashion_mnist(name, count)
         np.testing.assert_array_equal(split.images, images[..., None].repeat(3, axis=-1))
         np.testing.assert_array_equal(split.labels, labels)
-    assert data.class_names[9] == "Ankle boot"  # from TFDS's own code for the set
+    assert data.class_names[9] == "Ankle boot"
     return data
 
 

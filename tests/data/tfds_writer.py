@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 FASHION_MNIST_SPLITS = {"train": "train", "test": "t10k"}
 
 
@@ -79,5 +80,5 @@ def prepare_fashion_mnist(data_dir, *, train_count=None, test_count=None, num_sh
     for split, count in (("train", train_count), ("test", test_count)):
         images, labels = fashion_mnist(split, count)
         splits[split] = [{"image": encode(i), "label": int(n)} for i, n in zip(images, labels, strict=True)]
-    features = {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(num_classes=10)}
+    features = {"image": tfds.features.Image(shape=(28, 28, 1)), "label": tfds.features.ClassLabel(names=CLASSES)}
     return prepare(data_dir, "fashion_mnist", splits, features, version="3.0.1", num_shards=num_shards)
