@@ -17,7 +17,7 @@ Arguments:
 
 Not a setting of the paper: real images, and networks so small that hundreds of runs take hours on a CPU. Batches of 64.
 All images: one epoch, without schedules of loss weights, which count epochs; fewer: 600 steps; teacher: eight epochs.
-What each method reaches, tuned alike: docs/evidence.md.
+What each method reaches, with as many trials: docs/evidence.md.
 """
 
 from typing import Any
